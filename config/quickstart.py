@@ -1,0 +1,20 @@
+# A masked diffusion model of Python code, from nothing, on two CPU cores in under five minutes.
+out_dir = 'out/quickstart'
+dataset = 'stdlib'
+vocab_size = 1024
+seq_len = 128
+n_layer = 4
+n_head = 4
+n_kv_head = 4
+n_embd = 128
+n_ff = 384
+global_batch_size = 32
+max_iters = 600
+optimizer = 'muon'
+lr = 3e-3
+warmup_iters = 20
+eval_interval = 200
+eval_rows = 64
+final_eval_rows = 256
+save_interval = 200
+log_interval = 20
