@@ -14,10 +14,15 @@ import errno
 import inspect
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -113,6 +118,26 @@ def load_optimizers(path: Path, objective, optimizers):
             name, what = key.rsplit('/', 1)
             p, value = params[name], f.get_tensor(key)
             owner[p].state[p][what] = value if what == 'step' else value.to(p.device)
+
+
+def provenance(device: str, started: float) -> dict:
+    """What every results/*.json says of its origin: command, commit, hardware, versions, wall time."""
+    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    gpu = device.startswith('cuda')
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    name = torch.cuda.get_device_name() if gpu else f'CPU {platform.machine()}, {torch.get_num_threads()} threads'
+    return dict(command=' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+                commit=git.stdout.strip() or os.environ.get('COMMIT', 'unknown'), date=time.strftime('%Y-%m-%d'),
+                hardware=f'{world} x {name}' if world > 1 else name,
+                versions=dict(python=platform.python_version(), torch=torch.__version__),
+                wall_minutes=round((time.time() - started) / 60, 2),
+                peak_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if gpu else None)
+
+
+def write_json(path, content: dict):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + '\n')
 
 
 def push_to_hub(directory, repo_id: str, card: str):

@@ -232,17 +232,22 @@ class Transformer(nn.Module):
         attn = 12 * c.n_layer * c.n_head * c.head_dim * seq_len / (2 if c.causal else 1)
         return 6 * (self.n_params(embedding=False) + scored * c.vocab_size * c.n_embd) + attn
 
+    def fused_rows(self) -> dict[str, list[int]]:
+        """Of which row counts the fused matrices are stacked."""
+        c = self.cfg
+        q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        return dict(qkv_proj=[q, kv, kv], gate_up_proj=[c.n_ff, c.n_ff])
+
     # -- Hugging Face in and out -----------------------------------------------------------------------
 
     def _hf_views(self) -> dict[str, Tensor]:
         """Hugging Face's tensor name -> the slice of our parameters that it is. Loading copies into these views,
         saving copies out of them."""
-        c, views = self.cfg, {}
-        q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        rows, views = self.fused_rows(), {}
         for name, p in self.named_parameters():
             hf = name if name.startswith('lm_head') else 'model.' + name
-            if 'qkv_proj' in name: parts = zip(('q_proj', 'k_proj', 'v_proj'), p.data.split([q, kv, kv]))
-            elif 'gate_up_proj' in name: parts = zip(('gate_proj', 'up_proj'), p.data.chunk(2))
+            if 'qkv_proj' in name: parts = zip(('q_proj', 'k_proj', 'v_proj'), p.data.split(rows['qkv_proj']))
+            elif 'gate_up_proj' in name: parts = zip(('gate_proj', 'up_proj'), p.data.split(rows['gate_up_proj']))
             else: parts = [('', p.data)]
             for part, view in parts:
                 views[hf.replace('qkv_proj', part).replace('gate_up_proj', part)] = view

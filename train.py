@@ -13,11 +13,8 @@ import functools
 import json
 import math
 import os
-import platform
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +28,7 @@ import checkpoint
 import data
 from configurator import configure, dump
 from model import ModelConfig, Transformer
+from muon import Muon
 
 # ---- settings: every name is a key of config files and of the command line ---------------------------------------
 out_dir = 'out/run'                 # checkpoints, metrics.jsonl, config.py
@@ -63,9 +61,8 @@ global_batch_size = 64              # rows per optimizer step, over all processe
 micro_batch_size = 0                # rows per forward; 0 = global_batch_size / processes
 max_iters = 1000                    # optimizer steps
 max_minutes = 0.0                   # stop (and save) after so long; 0 = never
-optimizer = 'adamw'                 # adamw, or muon (matrices by torch.optim.Muon, the rest by AdamW)
+optimizer = 'adamw'                 # adamw, or muon (the blocks' matrices; the rest by adamw)
 lr = 6e-4
-muon_lr = 0.02
 min_lr_ratio = 0.1                  # of the cosine's end
 warmup_iters = 100
 weight_decay = 0.1                  # not on norms and biases
@@ -165,13 +162,12 @@ model = obj.model
 train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size)
 val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size)
 
-groups = obj.param_groups(weight_decay)
-optimizers = []
-if optimizer == 'muon':             # hidden matrices; embedding and head stay with AdamW
-    hidden = {p for n, p in model.layers.named_parameters() if p.ndim == 2}
-    optimizers.append(torch.optim.Muon([p for p in groups[0]['params'] if p in hidden], lr=muon_lr, weight_decay=weight_decay,
-                                       adjust_lr_fn='original'))
-    groups[0]['params'] = [p for p in groups[0]['params'] if p not in hidden]
+groups, optimizers = obj.param_groups(weight_decay), []
+if optimizer == 'muon':             # the blocks' matrices; embedding, head and vectors stay with AdamW
+    rows = model.fused_rows()
+    matrices = {p: rows.get(n.rsplit('.', 2)[-2]) for n, p in model.layers.named_parameters() if p.ndim == 2 and p.requires_grad}
+    optimizers.append(Muon([dict(params=[p], rows=r) for p, r in matrices.items()], lr, weight_decay))
+    for g in groups: g['params'] = [p for p in g['params'] if p not in matrices]
 optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=on_gpu))
 peak_lrs = [[g['lr'] for g in opt.param_groups] for opt in optimizers]
 if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
@@ -357,22 +353,14 @@ finally:
 if is_main and not stop_signal and val:
     model.save_pretrained(out / 'export', tok, obj.dlm, getattr(torch, export_dtype))
     if push_to_hub: checkpoint.push_to_hub(out / 'export', push_to_hub, checkpoint.model_card(obj, run_state(step, val), push_to_hub))
-    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
     speed = statistics.median(speeds) if speeds else None
-    facts = dict(
-        command=' '.join(sys.argv), commit=git.stdout.strip() or 'unknown', date=time.strftime('%Y-%m-%d'),
-        hardware=f'{world} x {gpu}' if on_gpu else f'{torch.get_num_threads()} CPU threads, {platform.machine()}',
-        versions=dict(python=platform.python_version(), torch=torch.__version__), parameters=model.n_params(),
-        steps=step, tokens=tokens_seen, train_minutes=round(train_minutes, 2), wall_minutes=round((time.time() - started) / 60, 2),
-        tokens_per_s=speed, mfu=flops_per_token * speed / peak_flops if peak_flops and speed else None,
-        peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None,
+    facts = checkpoint.provenance(device, started) | dict(
+        parameters=model.n_params(), steps=step, tokens=tokens_seen, train_minutes=round(train_minutes, 2), tokens_per_s=speed,
+        mfu=flops_per_token * speed / peak_flops if peak_flops and speed else None,
         validation=val | dict(estimator='exact' if obj.name == 'ar' else 'upper bound, count', draws=eval_draws, seed=eval_seed,
                               split=val_split, dataset=dataset, dataset_sha256=train_data.meta.get('sha256')),
         config=config)
-    for file in filter(None, (str(out / 'result.json'), result)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps(facts, indent=1) + '\n')
+    for file in filter(None, (out / 'result.json', result)): checkpoint.write_json(file, facts)
     say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {out}/result.json\n"
         f"    python sample.py --path={out_dir}")
 if world > 1: dist.destroy_process_group()

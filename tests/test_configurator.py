@@ -31,6 +31,7 @@ start = '# no comment'          # prompt text
 from configurator import configure
 config = configure(globals())
 n_head = n_embd // 64           # not a key: below the call
+lr = lr * n_head                # no help text either
 print(f'{n_head=} {len(config)=}')
 '''
 DEFAULTS = dict(out_dir='out', dropout=0.1, lr=1e-3, max_iters=1000, n_embd=768, compile=True,
@@ -93,7 +94,7 @@ def test_command_line(run, arg, key, value):
 @pytest.mark.parametrize('text', ['1', 'true', 'TRUE', 'yes', 'on', None])
 def test_true_and_the_bare_flag(run, text):
     arg = '--compile' if text is None else f'--compile={text}'
-    assert run('config/x.py', arg, x='compile = False')['compile'] is True
+    assert run(arg, 'config/x.py', x='compile = False')['compile'] is True
 
 
 def test_nothing_given(run):
@@ -170,6 +171,7 @@ def test_config_file(run, text, expected):
     ('n_embd = abs', 'config/x.py: n_embd must be int (default 768), got <built-in function abs>'),
     ('lr = 1\nn_embd =', 'config/x.py, line 2: SyntaxError: invalid syntax'),
     ('lr = 1\n\n_x = 1 / 0', 'config/x.py, line 3: ZeroDivisionError: division by zero'),
+    ('def f():\n    return 1 / 0\n_x = f()', 'config/x.py, line 2: ZeroDivisionError: division by zero'),
     ('n_embd = 2 * n_head', "config/x.py, line 1: NameError: name 'n_head' is not defined"),
     ("import json\njson.loads('')",
      'config/x.py, line 2: JSONDecodeError: Expecting value: line 1 column 1 (char 0)'),
@@ -214,10 +216,10 @@ def test_printed_config_names_the_origin_of_each_override(run, capsys):
     assert overrides(run('config/printed.py', printed=printed)) == dict(n_embd=384, lr=1e4, start='é "\n')
 
 
-@pytest.mark.parametrize('rank, prints', [('0', True), ('1', False)])
-def test_one_rank_prints(run, monkeypatch, capsys, rank, prints):
+@pytest.mark.parametrize('rank, quiet, prints', [('0', False, True), ('1', False, False), ('0', True, False)])
+def test_one_rank_prints_unless_quiet(run, monkeypatch, capsys, rank, quiet, prints):
     monkeypatch.setenv('RANK', rank)
-    run(quiet=False)
+    run(quiet=quiet)
     assert bool(capsys.readouterr().out) is prints
 
 
