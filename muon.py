@@ -31,12 +31,17 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        same_shape = {}                                         # one batched iteration for all matrices of a shape
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is None: continue
                 m = self.state[p].setdefault('momentum', torch.zeros_like(p))
                 m.mul_(group['momentum']).add_(p.grad)
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                update = p.grad.add(m, alpha=group['momentum'])
-                for w, u in zip(p.split(group['rows'] or len(p)), update.split(group['rows'] or len(p))):
-                    w.add_(newton_schulz(u), alpha=-0.2 * group['lr'] * max(u.shape) ** 0.5)
+                update, rows = p.grad.add(m, alpha=group['momentum']), group['rows'] or len(p)
+                for w, u in zip(p.split(rows), update.split(rows)):
+                    same_shape.setdefault((u.shape, group['lr']), []).append((w, u))
+        for (shape, lr), pairs in same_shape.items():
+            weights, updates = zip(*pairs)
+            orthogonal = newton_schulz(torch.stack(updates))
+            torch._foreach_add_(weights, orthogonal.unbind(), alpha=-0.2 * lr * max(shape) ** 0.5)

@@ -103,6 +103,7 @@ device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
 if device == 'cuda':
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     torch.cuda.set_device(device)
+    torch.set_num_threads(1)        # the CPU only prepares data here; a spinning pool would starve the launches
 on_gpu = device.startswith('cuda')
 if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
 if deterministic:

@@ -15,6 +15,8 @@ from configurator import configure, dump
 SCRIPT = '''"""Trains nothing.
 
     python train.py config/x.py
+
+The end.
 """
 import math
 _private = 1
@@ -260,6 +262,8 @@ def test_help_is_the_docstring_and_the_settings_with_their_comments(run, tmp_pat
 
     python train.py config/x.py
 
+The end.
+
 out_dir = 'out'         # where checkpoints go
 dropout = 0.1           # 0 when there is more data than compute
 lr = 0.001
@@ -268,3 +272,24 @@ n_embd = 768
 compile = True
 start = '# no comment'  # prompt text
 '''
+
+
+def test_help_of_settings_below_main(run, tmp_path):
+    """A module that is also a script: indented settings, locals of the same names above."""
+    (tmp_path / 'data.py').write_text('''
+def shuffle(rows,
+            seed=0):            # of the permutation
+    split = rows                # a local
+    return split
+
+if __name__ == '__main__':
+    split = 'train'             # part of the corpus
+    # numbers
+    seed = 0
+    from configurator import configure
+    config = configure(globals())
+''')
+    assert python('data.py', '--help', cwd=tmp_path).stdout.strip().splitlines() == [
+        "split = 'train'  # part of the corpus",
+        'seed = 0',
+    ]
