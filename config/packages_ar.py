@@ -11,6 +11,7 @@ n_kv_head = 12
 n_embd = 768
 n_ff = 2048
 global_batch_size = 64
+micro_batch_size = 32
 max_iters = 2200
 optimizer = 'muon'
 lr = 2e-3
