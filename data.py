@@ -583,12 +583,13 @@ def prepare(dataset: str, out_dir: str | Path, tokenizer: str = "bpe", vocab_siz
             settings |= dict(files=hashlib.sha256(listing.encode()).hexdigest()[:16])
     if _is_complete(out, settings):
         return str(out_dir)
-    import fcntl                                   # POSIX; using a prepared corpus works anywhere
+    import fcntl  # POSIX; a prepared corpus works anywhere
     tmp = out.with_name(out.name + ".tmp")
     tmp.mkdir(parents=True, exist_ok=True)
     with (tmp / "lock").open("w") as lock:         # of two processes, the second waits and finds all done
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_complete(out, settings):
+            shutil.rmtree(tmp, ignore_errors=True)
             return str(out_dir)
         _clear_unless_equal(tmp, settings)
         tok = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
@@ -777,7 +778,7 @@ class Batch:
     pos: Tensor                # (B, T) int64 position in the chunk, restarts at 0
     doc: Tensor                # (B, T) int64 number of the chunk in its row, -1 = padding
     is_target: Tensor          # (B, T) bool: may be masked and is scored
-    row_ids: Tensor            # (B,) int64 index of the row in the GLOBAL batch, -1 = a row of padding
+    row_ids: Tensor            # (B,) int64 index of the row in the GLOBAL batch
     n_targets: int             # of the GLOBAL batch
     step: int = 0
     noise: dict = field(default_factory=dict)      # what the objective's prepare() drew
@@ -865,7 +866,7 @@ class Corpus:
             raise SystemExit(f"{path}: the {split} split has {info['tokens']} tokens, too few for a row of "
                              f"seq_len={seq_len}: lower it or prepare more data (val: --val_fraction)")
         self.n_bytes = info["bytes"]
-        self._tokens = np.memmap(self.path / f"{split}.bin", self.meta["dtype"], "r")
+        self.tokens = np.memmap(self.path / f"{split}.bin", self.meta["dtype"], "r")
         flags = self.path / f"{split}.tgt.bin"
         self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() else None
         self._make_rows(np.load(self.path / f"{split}.docs.npy"))
@@ -910,7 +911,7 @@ class Corpus:
             for i, c in enumerate(chunks):
                 start, n, col = int(self._start[c]), int(self._length[c]), int(self._col[c])
                 at = slice(col, col + n)
-                ids[b, at], doc[b, at], pos[b, at] = self._tokens[start:start + n], i, np.arange(n)
+                ids[b, at], doc[b, at], pos[b, at] = self.tokens[start:start + n], i, np.arange(n)
                 is_target[b, at] = True if self._flags is None else self._flags[start:start + n]
                 is_target[b, col] = False          # context: SEP, or the last token of the previous chunk
         return _new_batch(ids, doc, pos, is_target, row_ids, n_targets, step)
@@ -923,14 +924,15 @@ class Corpus:
 
     def eval_batches(self, n_rows: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """`n_rows` rows (0 = all), evenly spaced over the corpus, dealt to `world` ranks in turn. All ranks
-        get batches of the same number and sizes, if need be with a row of padding, whose row_id is -1.
-        row_ids: index in the chosen rows; n_targets: of all of them together."""
+        get batches of the same number and sizes, if need be with a last row that is all padding.
+        row_ids: index in the chosen rows, padding after them; n_targets: of all of them together."""
         n = min(n_rows, len(self)) if n_rows else len(self)
         chosen = np.arange(n) * len(self) // n
-        row_ids = np.concatenate([np.arange(n), np.full(-n % world, -1)])[rank::world]
-        for i in range(0, len(row_ids), batch_size):
-            mine = row_ids[i:i + batch_size]
-            yield self._rows(np.where(mine < 0, -1, chosen[mine]), mine, self.row_targets[chosen].sum())
+        n_targets, rows = self.row_targets[chosen].sum(), np.append(chosen, np.full(-n % world, -1))
+        mine = np.arange(rank, len(rows), world)
+        for i in range(0, len(mine), batch_size):
+            row_ids = mine[i:i + batch_size]
+            yield self._rows(rows[row_ids], row_ids, n_targets)
 
     def target_bytes(self, batch: Batch) -> int:
         """Bytes of text behind the targets of `batch`: bits per byte = nats / ln 2 / bytes."""

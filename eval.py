@@ -41,7 +41,7 @@ def nll(obj, corpus, n_rows, batch_size, draws, seed, device):
 def bigram(train, corpus, vocab_size, prior=1.0, unigram_weight=10.0):
     """Bits per byte of p(b | a) = (n(a, b) + w p(b)) / (n(a) + w) on all of the corpus, p(b) the add-one unigram; counts
     from the training split. SEP starts each document and is given, as for every other model here."""
-    tokens = np.asarray(train._tokens, dtype=np.int64)
+    tokens = np.asarray(train.tokens, dtype=np.int64)
     uni = np.bincount(tokens, minlength=vocab_size) + prior
     uni = uni / uni.sum()
     keys, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
@@ -91,7 +91,7 @@ def samples(obj, tok, train, n, max_new_tokens, settings):
     rows, nfe = obj.sample([[]] * n, max_new_tokens, **settings)
     texts = [tok.decode(r) for r in rows]
     lines = [line for text in texts for line in text.split('\n')[:-1] if line.strip()]      # the last may be cut off
-    train_text = tok.decode(np.asarray(train._tokens).tolist())
+    train_text = tok.decode(np.asarray(train.tokens).tolist())
     matches = [longest_match(text, train_text) for text in texts]
     return dict(n=n, nfe=nfe, lines=len(lines), lines_that_parse=sum(map(line_parses, lines)) / max(len(lines), 1),
                 longest_match_chars=max(map(len, matches)), longest_match=max(matches, key=len),

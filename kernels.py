@@ -84,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rope_tables(pos: Tensor, head_dim: int, theta: float, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """cos, sin (B, T, head_dim / 2) in fp32 for positions pos (B, T); `scale` divides the frequencies."""
-    freq = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
+    freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
     angle = pos[..., None].float() * (freq if scale is None else freq / scale.to(freq))
     return angle.cos(), angle.sin()
 
@@ -172,6 +172,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
     detached; 0 in rows whose a and b are 0: padding of a static bucket). `skip_col` is left out of the softmax."""
     assert h.ndim == 2 and weight.ndim == 2 and h.shape[1] == weight.shape[1], f"{h.shape=} {weight.shape=}"
     assert targets.shape == a.shape == h.shape[:1], f"{h.shape=} {targets.shape=} {a.shape=}"
+    if not torch.is_grad_enabled(): h, weight = h.detach(), weight.detach()      # no gradient work in forward
     if torch.is_autocast_enabled(h.device.type): h = h.to(torch.get_autocast_dtype(h.device.type))
     with torch.autocast(h.device.type, enabled=False):
         return _LinearCrossEntropy.apply(h, weight, targets, a, b, skip_col, chunk)
@@ -180,13 +181,13 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
 # ---------------------------------------------------------------------------------------------------------
 # unmask: candidate tokens for the samplers. argmax(z + G) with Gumbel noise G = -log E draws from softmax(z).
 # E = -log1p(-u), u = (r + 1/2) 2^-32 with integer r: fp32 resolves the small E (the large G) to 2^-33, where
-# -log(-log u) with fp32 u stops at 16.6 and cuts the tail of a large vocabulary.
+# -log(-log u) with fp32 u stops at 16.6 and cuts the tail of a large vocabulary. u = 1 would make E infinite.
 
 
 def exponential_noise(shape, generator: torch.Generator) -> Tensor:
     """Exponential(1) draws in fp32, on the generator's device."""
     r = torch.randint(0, 2 ** 32, shape, generator=generator, device=generator.device)
-    return -torch.log1p(-((r.float() + 0.5) * 2.0 ** -32))
+    return -torch.log1p(-((r.float() + 0.5) * 2.0 ** -32).clamp(max=1 - 2.0 ** -24))
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -196,7 +197,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     if top_p < 1.0:
         z, order = logits.sort(descending=True)
         p = z.softmax(-1)
-        keep = p.cumsum(-1) - p < top_p                                  # mass before the token; the first always stays
+        keep = p.cumsum(-1) - p < top_p                                  # mass before the token
+        keep[:, 0] = True                                                # the first always stays
         logits = logits.masked_fill(~keep.gather(1, order.argsort(-1)), -torch.inf)
     return logits
 
@@ -207,5 +209,6 @@ def unmask(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: floa
     temperature, as in Hugging Face's generate."""
     z = logits.float()
     if temperature == 0: return z.argmax(-1)
+    assert generator is not None, "temperature > 0 needs a generator: randomness has a seed here"
     z = filter_logits(z / temperature, top_k, top_p)
     return (z - exponential_noise(z.shape, generator).log()).argmax(-1)

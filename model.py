@@ -68,7 +68,7 @@ class ModelConfig:
             n_kv_head=c.get('num_key_value_heads') or heads, n_embd=c['hidden_size'], n_ff=c['intermediate_size'],
             head_dim=c.get('head_dim') or c['hidden_size'] // heads,
             rope_theta=float(rope.get('rope_theta') or c.get('rope_theta') or 1e4),
-            rope_scaling=rope if kind == 'llama3' else None,
+            rope_scaling=dict(rope, rope_type=kind) if kind == 'llama3' else None,
             norm_eps=c.get('rms_norm_eps', 1e-6), qkv_bias=family == 'qwen2', qk_norm=family == 'qwen3',
             tied=c.get('tie_word_embeddings', False), causal=c.get('is_causal', True),
             max_seq_len=c.get('max_position_embeddings', 2048))
@@ -84,6 +84,7 @@ class ModelConfig:
             num_attention_heads=self.n_head, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
             rope_parameters=rope, rms_norm_eps=self.norm_eps, tie_word_embeddings=self.tied, hidden_act='silu',
             attention_bias=False, use_sliding_window=False, max_position_embeddings=self.max_seq_len,
+            bos_token_id=None, eos_token_id=None,                     # left out, transformers makes up 1 and 2
             is_causal=self.causal, dtype=str(dtype).removeprefix('torch.'))
 
 
@@ -188,16 +189,20 @@ class Transformer(nn.Module):
         i = 1..n_layer - 1 and with the final-norm states as i = n_layer. cache: list of LayerCache; then ranges
         are taken as they are, in positions of the cache."""
         B, T = ids.shape
+        past = cache[0].length if cache else 0
+        assert upto is None or 0 < upto <= len(self.layers), f"{upto=} of {len(self.layers)} blocks"
         if attn_mask is not None:
             assert ranges is None and attn_mask.shape == ids.shape, f"{attn_mask.shape=} {ids.shape=}"
+            assert not cache, "with a cache say by `ranges` which of its keys are seen"
             ranges = K.document_ranges(attn_mask.long() - 1)
             if pos is None: pos = (attn_mask.long().cumsum(1) - 1).clamp(min=0)
-        if pos is None:
-            past = cache[0].length if cache else 0
-            pos = torch.arange(past, past + T, device=ids.device).expand(B, T)
+        if pos is None: pos = torch.arange(past, past + T, device=ids.device).expand(B, T)
         causal, mask = self.cfg.causal, None
+        if causal and past and ranges is None:          # SDPA's causal flag counts queries from the first key
+            everything = K.causal_ranges(K.document_ranges(ids.new_zeros(B, past + T)))
+            ranges = K.Ranges(everything.by_query[:, past:], everything.by_key)
         if ranges is not None:
-            if causal and cache is None: ranges = K.causal_ranges(ranges)
+            if causal and not cache: ranges = K.causal_ranges(ranges)
             mask, causal = K.ranges_to_mask(ranges), False
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
@@ -288,6 +293,8 @@ class Transformer(nn.Module):
         names = ['model.safetensors'] if len(shards) == 1 else [
             f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards): save_file(shard, path / name, metadata={'format': 'pt'})
+        for old in [*path.glob('model.safetensors*'), *path.glob('model-*-of-*.safetensors')]:
+            if old.name not in names: old.unlink()                    # of an earlier export, sharded otherwise
         if len(shards) > 1:
             where = {key: name for name, shard in zip(names, shards) for key in shard}
             (path / 'model.safetensors.index.json').write_text(
@@ -330,6 +337,8 @@ def _read_safetensors(path: Path):
     if index.exists(): files = [path / f for f in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
     else: files = [f for f in files if f.name.startswith('model')]
     if not files: raise SystemExit(f"{path}: no model*.safetensors here")
+    for file in files:
+        if not file.exists(): raise SystemExit(f"{file} is missing, though the index beside it names it")
 
     def tensors():
         for file in files:
@@ -376,14 +385,14 @@ def _read_gguf(path: str):
         for t in reader.tensors:
             w = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).float()
             stem, kind = t.name.rsplit('.', 1)
-            if stem == 'rope_freqs': continue
+            if stem == 'rope_freqs': raise SystemExit(f"{path}: scaled RoPE (rope_freqs) is not supported")
             if stem.startswith('blk.'):
                 _, i, stem = stem.split('.')
                 if stem in ('attn_q', 'attn_k'):
                     n = config['num_attention_heads' if stem == 'attn_q' else 'num_key_value_heads']
                     w = w.view(n, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-                yield f'model.layers.{i}.{inner[stem]}.{kind}', w
-            else: yield f'{rename[stem]}.{kind}', w
+                yield f'model.layers.{i}.{inner.get(stem, stem)}.{kind}', w
+            else: yield f'{rename.get(stem, stem)}.{kind}', w
     return config, tensors()
 
 

@@ -1,17 +1,18 @@
-"""Muon: momentum whose matrix updates are orthogonalised, so that every direction of a weight moves equally far.
+"""Muon: momentum whose matrix updates are orthogonalised: every direction of a weight moves equally far.
 
-    m <- beta m + g;   u = NewtonSchulz(g + beta m) ~ U V^T of its SVD;   w <- w - lr 0.2 sqrt(max(rows, cols)) u
+    m <- beta m + g;   u = NewtonSchulz(g + beta m) ~ U V^T of its SVD
+    w <- w - lr 0.2 sqrt(max(rows, cols)) u
 
-The factor (Moonlight, 2502.16982, Eq. 4) gives the update AdamW's usual size, so one learning rate serves both.
-torch.optim.Muon is the same rule, always in bf16; this one runs in fp32 on CPUs, where bf16 is slow or absent, and
-takes the fused qkv and gate-up matrices apart, because U V^T of a stack is not the stack of the U V^T.
+The factor (Moonlight, 2502.16982, Eq. 4) gives the update AdamW's usual size: one learning rate serves both.
+torch.optim.Muon is the same rule, always in bf16; on CPUs, where that is slow or absent, this one runs in fp32.
+It takes the fused qkv and gate-up matrices apart, because U V^T of a stack is not the stack of the U V^T.
 """
 import torch
 
 
 def newton_schulz(g: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrix to g (..., rows, cols), roughly: singular values land in [0.7, 1.2].
-    Quintic iteration with Keller Jordan's coefficients."""
+    """The nearest (semi-)orthogonal matrix to g (..., R, C), roughly: singular values land in [0.7, 1.2],
+    lower where those of g are tiny. Quintic iteration with Keller Jordan's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()
     flip = x.shape[-2] > x.shape[-1]
@@ -24,18 +25,19 @@ def newton_schulz(g: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """params: groups of 2-D weights; a group may carry `rows`, a list of row counts into which its (fused) weights
-    are split before orthogonalisation."""
+    """params: groups of 2-D weights; a group may carry `rows`, a list of row counts into which its (fused)
+    weights are split before orthogonalisation."""
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, rows=None))
 
     @torch.no_grad()
     def step(self):
-        same_shape = {}                                         # one batched iteration for all matrices of a shape
+        same_shape = {}                                 # one batched iteration for all matrices of a shape
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is None: continue
-                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                if not self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)
+                m = self.state[p]['momentum']
                 m.mul_(group['momentum']).add_(p.grad)
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 update, rows = p.grad.add(m, alpha=group['momentum']), group['rows'] or len(p)

@@ -1,24 +1,28 @@
-"""Train a language model: any objective, one process or many. Reads top to bottom: settings, setup, data, model, loop.
+"""Train a language model: any objective, one process or many. Read it from top to bottom.
 
-    python train.py config/quickstart.py                        # five minutes on two CPU cores
-    python train.py config/quickstart.py --objective=ar         # the autoregressive baseline on the same tokens
+    python train.py config/quickstart.py                      # five minutes on two CPU cores
+    python train.py config/quickstart.py --objective=ar       # the autoregressive baseline on the same tokens
     torchrun --standalone --nproc_per_node=8 train.py config/x.py --micro_batch_size=16
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=host:29500 train.py config/x.py
 
-The same command again resumes from the last checkpoint in out_dir. Data order and noise are functions of (seed, step,
-row), so any number of processes and micro-steps computes the same thing, and a run may resume on other hardware.
+Ctrl-C or SIGTERM saves and leaves; the same command again resumes from the last checkpoint in out_dir. Data
+order and noise are functions of (seed, step, row): any number of processes and micro-steps computes the same
+thing, and a run may resume on other hardware. (torchrun kills 30 s after a signal: see --shutdown-timeout.)
 """
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
 import signal
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -30,27 +34,28 @@ from configurator import configure, dump
 from model import ModelConfig, Transformer
 from muon import Muon
 
-# ---- settings: every name is a key of config files and of the command line ---------------------------------------
+# ---- settings: every name is a key of config files and of the command line ---------------------------------
 out_dir = 'out/run'                 # checkpoints, metrics.jsonl, config.py
-init_from = 'scratch'               # scratch; resume (must find a checkpoint in out_dir); a checkpoint or Hugging Face path
+init_from = 'scratch'               # scratch; resume (out_dir must hold a checkpoint); a checkpoint, another
+                                    # out_dir or a Hugging Face model
 objective = 'mdm'                   # ar or mdm
 weighting = 'elbo'                  # mdm: elbo (the bound), flat, planner
-shift = False                       # mdm from scratch: hidden row i-1 predicts token i; converted AR models always do
+shift = False                       # mdm from scratch: row i-1 predicts token i, as in converted AR models
 t_min = 1e-3                        # mdm: smallest noise level
 # data
 dataset = 'stdlib'                  # stdlib, packages, files (path or glob), or a hub dataset by name
 subset = ''                         # hub: the dataset's configuration name
 key = 'text'                        # column with the text; 'messages' or 'prompt,response' for SFT
 max_docs = 0                        # stop after so many documents (0 = all)
-data_dir = ''                       # where the tokens are; default data/<dataset>-<tokenizer>
-tokenizer = ''                      # bpe (own), bytes, a directory or hub name; default: init_from's, else bpe
+data_dir = ''                       # where its tokens are or will be; default: data/<dataset>-<tokenizer>
+tokenizer = ''                      # bpe (own), bytes, directory, hub name; default: init_from's, else bpe
 vocab_size = 4096                   # of an own bpe
 seq_len = 1024                      # tokens per row
 val_split = 'val'                   # split that validation reads
 # model (from scratch)
 n_layer = 12
 n_head = 12
-n_kv_head = 12                      # key/value heads: fewer = grouped-query attention
+n_kv_head = 0                       # key/value heads: 0 = n_head, fewer = grouped-query attention
 n_embd = 768
 n_ff = 2048                         # width of the SwiGLU
 rope_theta = 1e4
@@ -74,7 +79,7 @@ seed = 1337
 eval_interval = 250                 # steps; 0 = only at the end
 eval_rows = 128                     # validation rows; 0 = all
 eval_draws = 1                      # noise draws per row of the bound
-final_eval_rows = 0                 # at the end; 0 = all
+final_eval_rows = 0                 # at the end, for result.json; 0 = all
 eval_seed = 0
 sample_prompt = ''                  # text to continue at each evaluation
 sample_tokens = 96                  # tokens per sample; 0 = no samples
@@ -85,7 +90,7 @@ sample_score = 'random'             # confidence, margin, entropy, random
 log_interval = 10                   # steps
 log = ''                            # wandb or tensorboard, beside metrics.jsonl
 save_interval = 500                 # steps; 0 = only at the end
-keep_last = 1                       # rolling checkpoints to keep
+keep_last = 1                       # rolling checkpoints to keep beside the best one; 0 = all
 export_dtype = 'bfloat16'           # of out_dir/export, written at the end
 push_to_hub = ''                    # user/name: upload the export with a model card
 result = ''                         # results/x.json: where to leave the numbers of this run
@@ -96,122 +101,187 @@ deterministic = False               # the same bits twice on a GPU, slower
 if __name__ != '__main__': raise ImportError("train.py is a script: nothing imports it")
 config = configure(globals())
 
-# ---- setup -------------------------------------------------------------------------------------------------------
+# ---- setup -------------------------------------------------------------------------------------------------
 started = time.time()
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+local_rank = int(os.environ.get('LOCAL_RANK', 0))
+is_main = rank == 0
 device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-if device == 'cuda':
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+on_gpu = device == 'cuda'
+for wrong, why in (
+        (device not in ('cuda', 'cpu'), f"device must be cuda or cpu, got {device!r}"),
+        (on_gpu and local_rank >= torch.cuda.device_count(),
+         f"process {local_rank} finds no GPU of its own: lower --nproc_per_node or say --device=cpu"),
+        (global_batch_size < 1 or global_batch_size % (world * (micro_batch_size or 1)),
+         f"global_batch_size {global_batch_size} must be a multiple of processes x micro_batch_size = "
+         f"{world} x {micro_batch_size or 1}"),
+        (optimizer not in ('adamw', 'muon'), f"optimizer must be adamw or muon, got {optimizer!r}"),
+        (log not in ('', 'wandb', 'tensorboard'), f"log must be wandb or tensorboard, got {log!r}"),
+        (log and importlib.util.find_spec(log) is None, f"--log={log} needs: pip install {log}"),
+        (n_embd % n_head or n_head % (n_kv_head or n_head),
+         f"n_embd {n_embd} must be a multiple of n_head {n_head}, and that of n_kv_head {n_kv_head}"),
+        (min(log_interval, eval_draws) < 1, "log_interval and eval_draws must be at least 1"),
+        (export_dtype not in ('bfloat16', 'float16', 'float32'),
+         f"export_dtype must be bfloat16, float16 or float32, got {export_dtype!r}"),
+        (push_to_hub and push_to_hub.count('/') != 1, f"push_to_hub must be user/name, got {push_to_hub!r}")):
+    if wrong: raise SystemExit(why)
+micro = micro_batch_size or global_batch_size // world
+accumulation = global_batch_size // (world * micro)
+tokens_per_step = global_batch_size * seq_len
+if on_gpu:
+    device = f'cuda:{local_rank}'
     torch.cuda.set_device(device)
-    torch.set_num_threads(1)        # the CPU only prepares data here; a spinning pool would starve the launches
-on_gpu = device.startswith('cuda')
-if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)
 autocast = torch.autocast('cuda', torch.bfloat16) if on_gpu else contextlib.nullcontext()
-is_main = rank == 0
-say = (lambda text: tqdm.write(str(text))) if is_main else (lambda text: None)
+sys.stdout.reconfigure(line_buffering=True)                     # a log file shows what has happened so far
+say = tqdm.write if is_main else lambda text: None
 
-if global_batch_size % (world * (micro_batch_size or 1)) or global_batch_size % world:
-    raise SystemExit(f"global_batch_size {global_batch_size} must be a multiple of processes x micro_batch_size "
-                     f"= {world} x {micro_batch_size or 1}")
-micro = micro_batch_size or global_batch_size // world
-accumulation = global_batch_size // (world * micro)
-if optimizer not in ('adamw', 'muon'): raise SystemExit(f"optimizer must be adamw or muon, got {optimizer!r}")
 
-# ---- data --------------------------------------------------------------------------------------------------------
-resume_from = checkpoint.find(out_dir)
-if init_from == 'resume' and resume_from is None: raise SystemExit(f"init_from=resume: there is no checkpoint in {out_dir}")
-pretrained = init_from not in ('scratch', 'resume')
-tokenizer = tokenizer or (init_from if pretrained else 'bpe')
-slug = lambda text: ''.join(c if c.isalnum() else '_' for c in text.strip('./'))
-data_dir = data_dir or f"data/{slug(dataset)}-{slug(tokenizer)}{f'-{vocab_size}' if tokenizer == 'bpe' else ''}"
-if is_main: data.prepare(dataset, data_dir, tokenizer=tokenizer, vocab_size=vocab_size, subset=subset, key=key, max_docs=max_docs)
-if world > 1: dist.barrier()
+def explain(kind, error, trace):
+    """The two failures that settings can cure end in one line."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        tqdm.write(f"out of GPU memory: lower --micro_batch_size (now {micro}; the result stays the same), "
+                   "--seq_len or the size of the model", sys.stderr)
+    elif checkpoint.disk_is_full(error):
+        tqdm.write(f"the disk is full ({error}): free some space, then the same command resumes from "
+                   f"{checkpoint.find(out_dir, 'step')}", sys.stderr)
+    else: sys.__excepthook__(kind, error, trace)
+sys.excepthook = explain
 
-# ---- model -------------------------------------------------------------------------------------------------------
-start_step, tokens_seen, best_val, minutes_before = 0, 0, math.inf, 0.0
+# ---- what out_dir already holds ----------------------------------------------------------------------------
+out = Path(out_dir)
+result_file = out / 'result.json'
+resume_from, best = checkpoint.find(out, 'step'), checkpoint.find(out, 'best')
+start_step, evaluated, minutes_before, best_val, state = 0, -1, 0.0, math.inf, None
 if resume_from:
     state = json.loads((resume_from / 'state.json').read_text())
-    free = {'init_from', 'max_iters', 'max_minutes', 'eval_interval', 'eval_rows', 'eval_draws', 'final_eval_rows', 'eval_seed',
-            'log_interval', 'log', 'save_interval', 'keep_last', 'export_dtype', 'push_to_hub', 'result', 'device', 'compile',
-            'deterministic', 'micro_batch_size', 'out_dir', 'data_dir', 'val_split'}
-    changed = [f"{k} {state['config'].get(k)!r} -> {v!r}" for k, v in config.items()
-               if k not in free and not k.startswith('sample_') and state['config'].get(k) != v]
-    if changed: raise SystemExit(f"{out_dir} holds a run with other settings ({', '.join(changed)}): "
-                                 f"choose another --out_dir, or delete it to start anew")
-    say(f"resuming from {resume_from}")
-    obj, tok = checkpoint.load_checkpoint(str(resume_from), weighting=weighting)
-    start_step, tokens_seen, best_val = state['step'], state['tokens'], state['best_val']
-    minutes_before = state['minutes']
-elif pretrained:
-    obj, tok = checkpoint.load_checkpoint(init_from, objective=objective, weighting=weighting)
-    if obj.separator is None: obj.separator = tok.sep_id        # our documents start with one: DESIGN decision 2
+    start_step, evaluated, minutes_before = state['step'], state['evaluated'], state['minutes']
+    if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
+    free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed
+        final_eval_rows val_split log_interval log save_interval keep_last export_dtype push_to_hub result
+        device compile deterministic out_dir data_dir'''.split())
+    changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
+               if state['config'].get(k, v) != v}
+    refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
+    if refused:
+        raise SystemExit(f"{out_dir} holds a run with other settings ({', '.join(refused)}): choose another "
+                         f"--out_dir, or delete it to start anew; {out}/config.py continues it")
+    say(f"resuming from {resume_from}" + (f" with {', '.join(changed.values())}" if changed else ''))
+elif init_from == 'resume': raise SystemExit(f"init_from=resume: there is no checkpoint in {out_dir}")
+elif best or result_file.exists():
+    raise SystemExit(f"{out_dir} holds {best or result_file}, but nothing to resume from: choose "
+                     "another --out_dir or delete it to start anew")
+if best:                                            # what the next one has to beat, if measured alike
+    judged = json.loads((best / 'state.json').read_text())
+    if all(judged['config'][k] == config[k] for k in ('eval_rows', 'eval_draws', 'eval_seed', 'val_split')):
+        best_val = judged['val']['nats_per_token']
+time_is_up = bool(max_minutes) and minutes_before >= max_minutes
+if (start_step >= max_iters or time_is_up) and result_file.exists():
+    if json.loads(result_file.read_text())['steps'] == start_step:
+        say(f"this run is finished, see {result_file}: raise --max_iters or choose another --out_dir")
+        raise SystemExit
+
+# ---- data --------------------------------------------------------------------------------------------------
+fresh = init_from == 'scratch'
+tokenizer = tokenizer or ('bpe' if fresh else init_from)
+slug = lambda text: ''.join(c if c.isalnum() else '_' for c in text.strip('./'))
+if not data_dir:
+    data_dir = f"data/{slug(dataset)}-{slug(tokenizer)}" + (f'-{vocab_size}' if tokenizer == 'bpe' else '')
+settings = dict(tokenizer=str(checkpoint.find(tokenizer) or tokenizer), vocab_size=vocab_size)
+prepared = Path(data_dir) / 'meta.json'
+if prepared.exists():                               # by data.py, perhaps with settings that train.py lacks
+    known = ('val_fraction', 'seed', 'split', *(() if fresh else settings))
+    settings |= {k: v for k, v in json.loads(prepared.read_text())['settings'].items() if k in known}
+data.prepare(dataset, data_dir, subset=subset, key=key, max_docs=max_docs, **settings)   # one does, all wait
+if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
+
+# ---- model -------------------------------------------------------------------------------------------------
+if resume_from: obj, tok = checkpoint.load_checkpoint(str(resume_from), weighting=weighting, t_min=t_min)
+elif not fresh:
+    obj, tok = checkpoint.load_checkpoint(init_from, objective, weighting=weighting, t_min=t_min)
+    if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
-    cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head,
-                      n_embd=n_embd, n_ff=n_ff, head_dim=n_embd // n_head, rope_theta=rope_theta, qk_norm=qk_norm, tied=tied,
-                      max_seq_len=seq_len)
+    cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head,
+                      n_kv_head=n_kv_head or n_head, n_embd=n_embd, n_ff=n_ff, head_dim=n_embd // n_head,
+                      rope_theta=rope_theta, qk_norm=qk_norm, tied=tied, max_seq_len=seq_len)
     model = Transformer(cfg)
-    mask_id = tok.mask_id if tok.mask_id is not None or objective == 'ar' else checkpoint.find_mask_id(model, tok)
-    obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, weighting=weighting, t_min=t_min,
-                                    separator=tok.sep_id, eos_id=tok.eos_id)
+    mask_id = tok.mask_id if objective == 'ar' else checkpoint.find_mask_id(model, tok)
+    obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, weighting=weighting,
+                                    t_min=t_min, separator=tok.sep_id, eos_id=tok.eos_id)
 obj.to(device).train()
 model = obj.model
 train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size)
 val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size)
+data_hash = train_data.meta['sha256']
+if not fresh and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
+    raise SystemExit(f"{data_dir} has the tokens of {train_data.meta['tokenizer']!r}, not of {init_from}: "
+                     "choose another --data_dir")
+if state and state['data'] != data_hash: raise SystemExit(f"{data_dir}: {out_dir} was trained on other data")
 
 groups, optimizers = obj.param_groups(weight_decay), []
 if optimizer == 'muon':             # the blocks' matrices; embedding, head and vectors stay with AdamW
-    rows = model.fused_rows()
-    matrices = {p: rows.get(n.rsplit('.', 2)[-2]) for n, p in model.layers.named_parameters() if p.ndim == 2 and p.requires_grad}
-    optimizers.append(Muon([dict(params=[p], rows=r) for p, r in matrices.items()], lr, weight_decay))
-    for g in groups: g['params'] = [p for p in g['params'] if p not in matrices]
+    fused = model.fused_rows()
+    matrices = {p: fused.get(name.split('.')[-2]) for name, p in model.layers.named_parameters()
+                if p.ndim == 2 and p.requires_grad}
+    optimizers.append(Muon([dict(params=[p], rows=rows) for p, rows in matrices.items()], lr, weight_decay))
+    for group in groups: group['params'] = [p for p in group['params'] if p not in matrices]
 optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=on_gpu))
-peak_lrs = [[g['lr'] for g in opt.param_groups] for opt in optimizers]
+peak_lrs = [[group['lr'] for group in opt.param_groups] for opt in optimizers]
 if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
 
 compiled = compile and on_gpu
 if compiled:
     for block in model.layers: block.compile(dynamic=False)
+if world > 1:
+    steps = [None] * world
+    dist.all_gather_object(steps, start_step)
+    if len(set(steps)) > 1:
+        raise SystemExit(f"out_dir must be on a disk that all machines share: their last steps are {steps}")
 ddp = DistributedDataParallel(obj, gradient_as_bucket_view=True) if world > 1 else obj
 
-out = Path(out_dir)
-flops_per_token = model.flops_per_token(seq_len, scored=0.5 if objective == 'mdm' else 1.0)
-PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'B200': 2250e12, 'L40S': 362e12, '4090': 165e12, '5090': 210e12}
+flops_per_token = model.flops_per_token(seq_len, scored=0.5 if obj.name == 'mdm' else 1.0)
+PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'B200': 2250e12, 'L40S': 362e12, '4090': 165e12,
+        '5090': 210e12}             # dense bf16 FLOP/s
 gpu = torch.cuda.get_device_name() if on_gpu else ''
-peak_flops = next((f for name, f in PEAK.items() if name in gpu), 0) * world
+peak_flops = next((flops for name, flops in PEAK.items() if name in gpu), 0) * world
+tracker, metrics_file = None, out / 'metrics.jsonl'
 if is_main:
     out.mkdir(parents=True, exist_ok=True)
     (out / 'config.py').write_text(dump(config), encoding='utf-8')
-    metrics_file = out / 'metrics.jsonl'                        # a resumed run forgets what came after its checkpoint
-    old = [line for line in metrics_file.read_text().splitlines() if json.loads(line)['step'] <= start_step] \
-        if metrics_file.exists() and start_step else []
-    metrics_file.write_text(''.join(line + '\n' for line in old))
-    say(f"{obj.name}: {model.n_params() / 1e6:.2f}M parameters ({model.n_params(False) / 1e6:.2f}M without embeddings) on "
-        f"{gpu or 'CPU'}{f' x {world}' if world > 1 else ''}; {len(train_data):,} rows of {seq_len} tokens, "
-        f"{global_batch_size * seq_len:,} tokens per step in {accumulation} micro-step(s)")
-    if not pretrained and not resume_from:
-        say(f"loss to expect at the start: ln {model.cfg.vocab_size} = {math.log(model.cfg.vocab_size):.2f} nats per token")
-tracker = None
-if is_main and log == 'wandb':
-    import wandb
-    tracker = wandb.init(project='nano-dlm', name=out.name, config=config, resume='allow')
-elif is_main and log == 'tensorboard':
-    from torch.utils.tensorboard import SummaryWriter
-    tracker = SummaryWriter(out / 'tensorboard')
-elif log not in ('', 'wandb', 'tensorboard'): raise SystemExit(f"log must be wandb or tensorboard, got {log!r}")
+    if metrics_file.exists():       # forget what came after the checkpoint, and a line that a crash cut off
+        lines = [json.loads(line) for line in metrics_file.read_text().splitlines() if line.endswith('}')]
+        lines = [line for line in lines
+                 if line['step'] < start_step + ('loss' in line or evaluated == start_step)]
+        rewritten = out / 'metrics.jsonl.tmp'
+        rewritten.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        rewritten.replace(metrics_file)
+    if log == 'wandb':
+        import wandb
+        tracker = wandb.init(project='nano-dlm', name=out.name, group=out.name, config=config)
+    elif log == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        tracker = SummaryWriter(out / 'tensorboard', purge_step=start_step)
+    say(f"{obj.name}: {model.n_params() / 1e6:.2f}M parameters ({model.n_params(False) / 1e6:.2f}M without "
+        f"embeddings) on {gpu or 'CPU'} x {world}; {len(train_data):,} rows of {seq_len} tokens, "
+        f"{tokens_per_step:,} tokens per step in {accumulation} micro-step(s)")
+    if fresh and not resume_from:
+        V = model.cfg.vocab_size
+        say(f"loss to expect at the start: ln {V} = {math.log(V):.2f} nats per token")
 
 
 def record(step, **metrics):
-    """One line of metrics.jsonl, and the scalars to wandb or tensorboard."""
-    with open(out / 'metrics.jsonl', 'a') as f: f.write(json.dumps(dict(step=step, **metrics)) + '\n')
-    scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    if log == 'wandb': tracker.log(scalars, step=step)
-    elif tracker is not None:
-        for k, v in scalars.items(): tracker.add_scalar(k, v, step)
+    """One line of metrics.jsonl, and the numbers to wandb or tensorboard."""
+    with open(metrics_file, 'a') as f: f.write(json.dumps(dict(step=step, **metrics)) + '\n')
+    flat = {f'{k}/{i}' if isinstance(v, list) else k: x for k, v in metrics.items()
+            for i, x in enumerate(v if isinstance(v, list) else [v])}
+    if log == 'wandb': tracker.log(flat, step=step)
+    elif log:
+        for name, x in flat.items(): tracker.add_scalar(name, x, step)
+        tracker.flush()
 
 
 def learning_rate(step):
@@ -221,147 +291,163 @@ def learning_rate(step):
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def prepared(step, i):
-    """Micro-batch i of this rank: rows of the global batch, noise drawn, in pinned memory. Runs in a thread, ahead."""
+def prepared_batch(step, i):
+    """Micro-batch i of this rank, noise drawn, in pinned memory. A thread runs this one batch ahead."""
     lo = (i * world + rank) * micro
     batch = obj.prepare(train_data.batch(step, lo, lo + micro, global_batch_size, seed), seed)
     return batch.pin() if on_gpu else batch
 
 
+def validation_batches(n_rows):
+    """This rank's share. A signal cuts it short, but never to nothing: the ranks still sum what they have."""
+    for batch in val_data.eval_batches(n_rows, micro, rank, world):
+        yield batch.to(device)
+        if stop_signals: return
+
+
 @functools.cache
-def eval_bytes(n_rows):
-    """Bytes of text that the scored tokens of the validation rows stand for (EOS: none)."""
-    return sum(val_data.target_bytes(b) for b in val_data.eval_batches(n_rows, 64))
+def validation_bytes(n_rows):
+    """Bytes of text that the scored tokens of these rows stand for (EOS: none)."""
+    return sum(val_data.target_bytes(batch) for batch in val_data.eval_batches(n_rows, 64))
 
 
 @torch.no_grad()
-def evaluate(step, n_rows):
-    """Validation from its own seed, with uncompiled blocks; a sample; the best checkpoint."""
-    global best_val
+def evaluate(step, n_rows, name='val'):
+    """Validation with its own seed and uncompiled blocks; a sample; the best checkpoint. None if stopped."""
+    global evaluated, best_val
     obj.eval()
-    with torch.compiler.set_stance('force_eager'), autocast:
-        batches = (b.to(device) for b in val_data.eval_batches(n_rows, max(micro, 8), rank, world))
-        val = obj.validate(batches, eval_seed, eval_draws)
-        bound = '' if obj.name == 'ar' else '<= '
-        val['bits_per_byte'] = val['nats_per_token'] * val['n_tokens'] / math.log(2) / eval_bytes(n_rows)
-        say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/token, "
-            f"{bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows x {eval_draws} draw(s))")
-        if is_main and sample_tokens:
-            ids, nfe = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step, score=sample_score,
-                                  temperature=sample_temperature, commit=sample_commit)
+    with autocast, torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext():
+        val = obj.validate(validation_batches(n_rows), eval_seed, eval_draws)
+        if val['n_rows'] < min(n_rows or len(val_data), len(val_data)): return None   # on all ranks
+        if is_main:
+            nats = val['nats_per_token'] * val['n_tokens']
+            val['bits_per_byte'] = nats / math.log(2) / validation_bytes(n_rows)
+            bound = '' if obj.name == 'ar' else '<= '
+            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
+                f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows x {eval_draws} draw(s))")
+        if is_main and sample_tokens and name == 'val':
+            ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
+                                score=sample_score, temperature=sample_temperature, commit=sample_commit)
             say('    ' + tok.decode(ids[0]).replace('\n', '\n    '))
     obj.train()
+    evaluated = step
     if is_main:
-        record(step, **{f'val_{k}': v for k, v in val.items()})
-        if val['nats_per_token'] < best_val and 0 < step:
+        record(step, **{f'{name}_{k}': v for k, v in val.items()})
+        if name == 'val' and step and val['nats_per_token'] < best_val:
+            best_val = val['nats_per_token']
             checkpoint.save_checkpoint(out, 'best', obj, tok, run_state(step, val))
-    if step: best_val = min(best_val, val['nats_per_token'])
     return val
 
 
+def minutes(): return minutes_before + (time.time() - loop_started) / 60
+
+
 def run_state(step, val=None):
-    return dict(step=step, tokens=tokens_seen, best_val=best_val, minutes=minutes_before + (time.time() - loop_started) / 60,
-                config=config, val=val or {})
+    return dict(step=step, tokens=step * tokens_per_step, minutes=minutes(), evaluated=evaluated,
+                data=data_hash, config=config, val=val or {})
 
 
 def save(step):
     if is_main: checkpoint.save_checkpoint(out, 'step', obj, tok, run_state(step), optimizers, keep_last)
 
 
-# ---- loop --------------------------------------------------------------------------------------------------------
-stop_signal = []
-for sig in (signal.SIGINT, signal.SIGTERM): signal.signal(sig, lambda number, frame: stop_signal.append(number))
-if start_step >= max_iters: say(f"this run is finished ({start_step} steps): raise --max_iters or choose another --out_dir")
-loop_started = last_time = time.time()
-bar = tqdm(total=max_iters, initial=start_step, disable=None if is_main else True, unit='step', dynamic_ncols=True)
+stop_signals = []
+
+
+def ask_to_stop(number, frame):
+    """A first signal makes the loop save and leave, a second one kills (torchrun repeats each by itself)."""
+    stop_signals.append(number)
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: signal.signal(number, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, ask_to_stop)
+
+# ---- loop --------------------------------------------------------------------------------------------------
+bar = tqdm(total=max_iters, initial=start_step, unit='step', dynamic_ncols=True,
+           disable=None if is_main else True)
 ahead = ThreadPoolExecutor(1)
-pending = ahead.submit(prepared, start_step, 0) if start_step < max_iters else None
-step, bad_steps, speeds, window, val = start_step, 0, [], 0, {}
-try:
-    if start_step == 0 and eval_interval and max_iters: val = evaluate(0, eval_rows)
-    last_time = time.time()
-    while step < max_iters:
-        scale = learning_rate(step)
-        for opt, peaks in zip(optimizers, peak_lrs):
-            for group, peak in zip(opt.param_groups, peaks): group['lr'] = peak * scale
-        sums = None
-        for i in range(accumulation):
-            batch = pending.result()
-            nxt = (step, i + 1) if i + 1 < accumulation else (step + 1, 0)
-            if nxt[0] < max_iters: pending = ahead.submit(prepared, *nxt)
-            with autocast, (ddp.no_sync() if world > 1 and i + 1 < accumulation else contextlib.nullcontext()):
-                loss, stats = ddp(batch.to(device, non_blocking=True))
-                (loss * world).backward()                       # DDP averages; the loss is already over the global batch
-            flat = torch.cat([loss.detach().reshape(1), *(s.detach().flatten().float() for s in stats.values())])
-            sums = flat if sums is None else sums + flat
-        out_of_time = max_minutes and (time.time() - loop_started) / 60 + minutes_before >= max_minutes
-        sums = torch.cat([sums, sums.new_tensor([float(bool(stop_signal)), float(is_main and bool(out_of_time))])])
-        if world > 1: dist.all_reduce(sums)                     # one small message: loss, stats and the wish to stop
-        grad_norm = torch.nn.utils.clip_grad_norm_(obj.parameters(), grad_clip if grad_clip else math.inf).item()
-        train_loss, *flat, stop_asked, time_is_up = sums.tolist()
-        reduced = {}
-        for name, s in stats.items():
-            reduced[name], flat = torch.tensor(flat[:s.numel()]).view_as(s), flat[s.numel():]
-        if math.isfinite(grad_norm) and math.isfinite(train_loss):
-            for opt in optimizers: opt.step()
-            obj.after_step(reduced)
-            bad_steps = 0
-        else:
-            bad_steps += 1
-            say(f"step {step}: loss {train_loss}, gradient norm {grad_norm}: step skipped ({bad_steps} in a row)")
-            if bad_steps == 5: raise SystemExit("five non-finite steps in a row: lower --lr, raise --warmup_iters, or look at the "
-                                                f"data; the last checkpoint is {checkpoint.find(out_dir)}")
-        for opt in optimizers: opt.zero_grad(set_to_none=True)
-        step, window = step + 1, window + 1
-        tokens_seen += global_batch_size * seq_len
-        bar.update()
+pending = ahead.submit(prepared_batch, start_step, 0)
+step, interrupted, bad_steps, speeds = start_step, False, 0, []
+loop_started = last_time = time.time()
+last_step = step
+while step < max_iters and not time_is_up:
+    if eval_interval and step % eval_interval == 0 and step > evaluated:
+        interrupted = evaluate(step, eval_rows) is None
+        if interrupted: break
+        last_time, last_step = time.time(), step
+    if save_interval and step % save_interval == 0 and step > start_step: save(step)
 
-        if step % log_interval == 0 or step == max_iters:
-            seconds, last_time = time.time() - last_time, time.time()
-            speed, window = window * global_batch_size * seq_len / seconds, 0
-            if step - start_step > 2 * log_interval: speeds.append(speed)
-            mfu = flops_per_token * speed / peak_flops if peak_flops else None
-            show = f"loss {train_loss:.3f} | {speed / 1e3:.1f}k tok/s" + (f" | MFU {mfu:.1%}" if mfu else '')
-            bar.set_postfix_str(show)
-            if is_main:
-                if bar.disable: say(f"step {step}/{max_iters}: {show} | lr x {scale:.2f} | ETA "
-                                    f"{(max_iters - step) * global_batch_size * seq_len / speed / 60:.1f} min")
-                ratios = {k: (v[0] / v[1].clamp(min=1e-9)).tolist() for k, v in reduced.items()}
-                record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=tokens_seen, tokens_per_s=speed,
-                       **ratios, **({'mfu': mfu} if mfu else {}))
-        stopping = stop_asked or time_is_up
-        if stopping: say(f"stopping after step {step}: " + ('time is up' if time_is_up else 'signal') + ', saving')
-        if stopping or step == max_iters or (save_interval and step % save_interval == 0): save(step)
-        if eval_interval and step % eval_interval == 0 and step < max_iters and not stopping:
-            val = evaluate(step, eval_rows)
-            last_time, window = time.time(), 0
-        if stop_asked: break
-        if time_is_up: break
-    train_minutes = minutes_before + (time.time() - loop_started) / 60
-    bar.close()
-    if not stop_signal and (step > start_step or not (out / 'export').exists()): val = evaluate(step, final_eval_rows)
-except torch.OutOfMemoryError:
-    raise SystemExit(f"out of GPU memory: lower --micro_batch_size (now {micro}; the result stays the same), --seq_len or the "
-                     "model's size") from None
-except OSError as e:
-    if e.errno == 28: raise SystemExit(f"the disk is full ({e}); the last checkpoint is {checkpoint.find(out_dir)}") from None
-    raise
-finally:
-    bar.close()
-    ahead.shutdown(wait=False, cancel_futures=True)
+    scale = learning_rate(step)
+    for opt, peaks in zip(optimizers, peak_lrs):
+        for group, peak in zip(opt.param_groups, peaks): group['lr'] = peak * scale
+    sums = 0
+    for i in range(accumulation):
+        batch = pending.result().to(device, non_blocking=True)
+        pending = ahead.submit(prepared_batch, *divmod(step * accumulation + i + 1, accumulation))
+        with ddp.no_sync() if world > 1 and i + 1 < accumulation else contextlib.nullcontext():
+            with autocast: loss, stats = ddp(batch)
+            (loss * world).backward()               # DDP averages; the loss is already over the global batch
+        sums = sums + torch.cat([loss.detach().reshape(1), *(s.flatten().float() for s in stats.values())])
+    wishes = sums.new_tensor([bool(stop_signals), is_main and max_minutes and minutes() >= max_minutes])
+    sums = torch.cat([wishes, sums])
+    if world > 1: dist.all_reduce(sums)             # one small message: the wish to stop, loss, stats
+    grad_norm = torch.nn.utils.clip_grad_norm_(obj.parameters(), grad_clip or math.inf)
+    grad_norm, interrupted, time_is_up, train_loss, *flat = torch.cat([grad_norm.reshape(1), sums]).tolist()
+    reduced = {}
+    for name, s in stats.items():
+        reduced[name], flat = torch.tensor(flat[:s.numel()]).view_as(s), flat[s.numel():]
+    if math.isfinite(grad_norm) and math.isfinite(train_loss):
+        for opt in optimizers: opt.step()
+        obj.after_step(reduced)
+        bad_steps = 0
+    else:
+        bad_steps += 1
+        say(f"step {step}: loss {train_loss}, gradient norm {grad_norm}: step skipped ({bad_steps} in a row)")
+        if bad_steps == 5:
+            bar.close()
+            raise SystemExit("five non-finite steps in a row: lower --lr, raise --warmup_iters or look at "
+                             f"the data; the last checkpoint is {checkpoint.find(out_dir, 'step')}")
+    for opt in optimizers: opt.zero_grad(set_to_none=True)
+    step += 1
+    bar.update()
 
-# ---- leave the results -------------------------------------------------------------------------------------------
-if is_main and not stop_signal and val:
+    if is_main and (step % log_interval == 0 or step == max_iters):
+        now = time.time()
+        speed = (step - last_step) * tokens_per_step / (now - last_time)
+        last_time, last_step = now, step
+        if step - start_step > 2 * log_interval: speeds.append(speed)
+        mfu = dict(mfu=flops_per_token * speed / peak_flops) if peak_flops else {}
+        show = f"loss {train_loss:.3f} | {speed / 1e3:.1f}k tok/s"
+        show += ''.join(f' | MFU {x:.1%}' for x in mfu.values())
+        bar.set_postfix_str(show)
+        if bar.disable: say(f"step {step}/{max_iters}: {show} | lr x {scale:.2f} | ETA "
+                            f"{(max_iters - step) * tokens_per_step / speed / 60:.1f} min")
+        ratios = {k: (v[0] / v[1].clamp(min=1e-9)).tolist() for k, v in reduced.items()}
+        record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=step * tokens_per_step,
+               **ratios, tokens_per_s=speed, **mfu)
+    if interrupted: break
+bar.close()
+ahead.shutdown(wait=False, cancel_futures=True)
+train_minutes = minutes()
+if step > start_step: save(step)
+
+# ---- results -----------------------------------------------------------------------------------------------
+val = None if interrupted else evaluate(step, eval_rows)
+if val and final_eval_rows != eval_rows: val = evaluate(step, final_eval_rows, 'final')
+if val and is_main:
     model.save_pretrained(out / 'export', tok, obj.dlm, getattr(torch, export_dtype))
-    if push_to_hub: checkpoint.push_to_hub(out / 'export', push_to_hub, checkpoint.model_card(obj, run_state(step, val), push_to_hub))
     speed = statistics.median(speeds) if speeds else None
     facts = checkpoint.provenance(device, started) | dict(
-        parameters=model.n_params(), steps=step, tokens=tokens_seen, train_minutes=round(train_minutes, 2), tokens_per_s=speed,
+        parameters=model.n_params(), steps=step, tokens=step * tokens_per_step,
+        train_minutes=round(train_minutes, 2), tokens_per_s=speed,
         mfu=flops_per_token * speed / peak_flops if peak_flops and speed else None,
-        validation=val | dict(estimator='exact' if obj.name == 'ar' else 'upper bound, count', draws=eval_draws, seed=eval_seed,
-                              split=val_split, dataset=dataset, dataset_sha256=train_data.meta.get('sha256')),
+        validation=val | dict(estimator='exact' if obj.name == 'ar' else 'upper bound, count', seed=eval_seed,
+                              draws=eval_draws, split=val_split, dataset=dataset, dataset_sha256=data_hash),
         config=config)
-    for file in filter(None, (out / 'result.json', result)): checkpoint.write_json(file, facts)
-    say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {out}/result.json\n"
-        f"    python sample.py --path={out_dir}")
+    for file in filter(None, (result_file, result)): checkpoint.write_json(file, facts)
+    card = checkpoint.model_card(obj, run_state(step, val), push_to_hub)
+    if push_to_hub: checkpoint.upload(out / 'export', push_to_hub, card)
+    say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {result_file}\n"
+        f"    python sample.py --path={out}")
 if world > 1: dist.destroy_process_group()
+if not val:
+    say(f"stopped by a signal; the same command goes on from {checkpoint.find(out, 'step') or 'the start'}")
+    raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
