@@ -63,7 +63,8 @@ class AR(Objective):
         past, nfe = 0, 0
         for end in range(start, x.shape[1]):
             pos = torch.arange(past, end, device=device)
-            h = self.model.hidden(x[:, past:end], _cache_ranges(pad, past, end), (pos - pad[:, None]).clamp(min=0), cache=cache)
+            h = self.model.hidden(x[:, past:end], _cache_ranges(pad, past, end),
+                                  (pos - pad[:, None]).clamp(min=0), cache=cache)
             logits = (h[:, -1] @ self.model.head_weight.T.to(h.dtype)).float()
             if self.mask_id is not None: logits[:, self.mask_id] = -torch.inf
             past, nfe = end, nfe + 1

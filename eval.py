@@ -28,19 +28,21 @@ def nll(obj, corpus, n_rows, batch_size, draws, seed, device):
 
     def batches():
         rows = min(n_rows or len(corpus), len(corpus))
-        for batch in tqdm(corpus.eval_batches(n_rows, batch_size), total=-(-rows // batch_size), desc='nll', disable=None):
+        n_batches = -(-rows // batch_size)
+        for batch in tqdm(corpus.eval_batches(n_rows, batch_size), total=n_batches, desc='nll', disable=None):
             n_bytes[0] += corpus.target_bytes(batch)
             yield batch.to(device)
     with torch.autocast('cuda', torch.bfloat16, enabled=device.startswith('cuda')):
         val = obj.validate(batches(), seed, draws)
     exact = obj.name == 'ar'
-    return val | dict(bits_per_byte=val['nats_per_token'] * val['n_tokens'] / math.log(2) / n_bytes[0], n_bytes=n_bytes[0],
+    bits = val['nats_per_token'] * val['n_tokens'] / math.log(2)
+    return val | dict(bits_per_byte=bits / n_bytes[0], n_bytes=n_bytes[0],
                       estimator='exact' if exact else f'upper bound, count, {draws} draw(s) per row', seed=seed)
 
 
 def bigram(train, corpus, vocab_size, prior=1.0, unigram_weight=10.0):
-    """Bits per byte of p(b | a) = (n(a, b) + w p(b)) / (n(a) + w) on all of the corpus, p(b) the add-one unigram; counts
-    from the training split. SEP starts each document and is given, as for every other model here."""
+    """Bits per byte of p(b | a) = (n(a, b) + w p(b)) / (n(a) + w) on all of the corpus, p(b) the add-one unigram;
+    counts from the training split. SEP starts each document and is given, as for every other model here."""
     tokens = np.asarray(train.tokens, dtype=np.int64)
     uni = np.bincount(tokens, minlength=vocab_size) + prior
     uni = uni / uni.sum()
@@ -143,8 +145,8 @@ if __name__ == '__main__':
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in results[task].items() if k != 'texts'}
         print(f"{task}: " + ', '.join(f'{k} {v!r}' for k, v in shown.items()))
     path = Path(result or Path(out_dir if Path(out_dir).is_dir() else '.') / f"eval-{'-'.join(wanted)}.json")
-    write_json(path, provenance(device, started) | dict(model=dict(path=out_dir, parameters=obj.model.n_params(), **obj.dlm),
-                                                        dataset=dict(dataset=dataset, split=split, seq_len=seq_len,
-                                                                     sha256=corpus.meta.get('sha256')),
-                                                        results=results, config=config))
+    write_json(path, provenance(device, started) | dict(
+        model=dict(path=out_dir, parameters=obj.model.n_params(), **obj.dlm),
+        dataset=dict(dataset=dataset, split=split, seq_len=seq_len, sha256=corpus.meta['sha256']),
+        results=results, config=config))
     print(f"wrote {path}")

@@ -64,7 +64,8 @@ def ranges_to_mask(ranges: Ranges) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd). mask: (B, 1, Tq, Tk) bool from
     `ranges_to_mask`, or None: every key, or (causal) every key up to the query."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------

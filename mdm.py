@@ -53,7 +53,8 @@ class MDM(Objective):
         u_step = np.random.default_rng((seed, batch.step)).random()
         i, doc = batch.row_ids[:, None].double(), batch.doc.clamp(min=0).double()
         t = self.t_min + (1 - self.t_min) * ((u_step + 0.618034 * i + 0.569840 * doc) % 1)              # (B, T)
-        u = np.stack([np.random.default_rng((seed, batch.step, int(r))).random(batch.ids.shape[1]) for r in batch.row_ids])
+        T = batch.ids.shape[1]
+        u = np.stack([np.random.default_rng((seed, batch.step, int(r))).random(T) for r in batch.row_ids])
         xt, is_masked = q_sample(batch.ids, t, self.mask_id, batch.is_target, torch.from_numpy(u))
         tokens, rows, n = scored_rows(is_masked, self.shift, bucket=max(64, batch.ids.numel() // 16))
         t = t.flatten()[tokens]
@@ -100,13 +101,13 @@ class MDM(Objective):
                     else:
                         t = self.t_min + (1 - self.t_min) * v
                         weight[i, idx[order[idx] < t]] = 1 / t
-            w = torch.from_numpy(weight).float()
-            tokens, rows, n = (x.to(batch.ids.device) if torch.is_tensor(x) else x for x in scored_rows(w > 0, self.shift))
-            w = w.to(batch.ids.device)
+            w = torch.from_numpy(weight).float().to(batch.ids.device)
+            tokens, rows, n = scored_rows(w > 0, self.shift)
             xt = torch.where(w > 0, self.mask_id, batch.ids)
             h = self.model.hidden(xt, batch.ranges, batch.pos).flatten(0, 1)[rows]
             w = w.flatten()[tokens]
-            _, ce = linear_cross_entropy(h, self.model.head_weight, batch.ids.flatten()[tokens], w, skip_col=self.mask_id)
+            targets = batch.ids.flatten()[tokens]
+            _, ce = linear_cross_entropy(h, self.model.head_weight, targets, w, skip_col=self.mask_id)
             nats.index_add_(0, (tokens // T)[:n], (ce * w)[:n] / k)
         return nats, batch.is_target.sum(1)
 
@@ -128,8 +129,8 @@ class MDM(Objective):
         """Continue prompts (lists of ids, of any lengths) by max_new_tokens each, cut before EOS. Returns (lists of
         ids, prompt included), nfe. The settings are those of `infill`."""
         holes = [[list(p), max_new_tokens] for p in prompts]
-        return self.infill(holes, n_steps, temperature, top_k, top_p, commit, score, remask, tau, block_len, seed, history,
-                           stop_at_eos=self.eos_id is not None)
+        return self.infill(holes, n_steps, temperature, top_k, top_p, commit, score, remask, tau, block_len, seed,
+                           history, stop_at_eos=self.eos_id is not None)
 
     @torch.no_grad()
     def infill(self, templates, n_steps=128, temperature=1.0, top_k=0, top_p=1.0, commit='schedule', score='confidence',
@@ -142,8 +143,8 @@ class MDM(Objective):
           least one; Fast-dLLM 2505.22618 Alg. 1; temperature and n_steps are not used).
         score: which masked tokens go first: 'confidence' p(chosen), 'margin' p1 - p2, 'entropy' -H, 'random'; from the
           model's distribution at temperature 1, without filters.
-        remask: 'none' or 'p2' (path planning 2502.03540): every generated token is scored again at each step, a filled one
-          by the probability of the token that stands there, and only the best share is kept.
+        remask: 'none' or 'p2' (path planning 2502.03540): every generated token is scored again at each step, a
+          filled one by the probability of the token that stands there, and only the best share is kept.
         n_steps: in total, split over blocks in proportion to their masks. Without remasking no forward is run
           that cannot commit a token: nfe <= min(n_steps, longest row's holes) (threshold: <= holes).
         block_len: semi-autoregressive blocks of so many generated tokens, left to right; 0 = one block.
@@ -152,7 +153,8 @@ class MDM(Objective):
                                    ('score', score, ('confidence', 'margin', 'entropy', 'random')),
                                    ('remask', remask, ('none', 'p2'))):
             if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if remask == 'p2' and commit != 'schedule': raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
+        if remask == 'p2' and commit != 'schedule':
+            raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
         if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         x, hole, real = self._layout(templates, pad_side)
         ranges, pos = None, (real.long().cumsum(1) - 1).clamp(min=0)

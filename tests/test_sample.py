@@ -77,11 +77,11 @@ def states():
 # -- page ---------------------------------------------------------------------------------------------------
 
 def test_page_holds_every_state_and_no_text_escapes():
-    page = sample.html_page(states(), dict(path='</title>x', nfe=2))
+    page = sample.html_page(states(), dict(out_dir='</title>x', nfe=2))
     script = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert len(script) == 1 and '<' not in script[0] and page.count('</script>') == 2
     data = json.loads(script[0])
-    assert data['facts'] == dict(path='</title>x', nfe=2)
+    assert data['facts'] == dict(out_dir='</title>x', nfe=2)
     for which, steps in enumerate(data['samples']):                     # replay, as the page does
         row = {}
         for step, delta in enumerate(steps):
@@ -130,7 +130,7 @@ def test_watch_counts_tokens_and_shows_nothing_in_a_pipe(capsys):
 
 # -- the script ---------------------------------------------------------------------------------------------
 
-FIELDS = set("""path objective prompt infill text completion sample n max_new_tokens nfe
+FIELDS = set("""out_dir objective prompt infill text completion sample n max_new_tokens nfe
 n_steps temperature top_k top_p commit score remask tau block_len seed""".split())
 
 
@@ -138,7 +138,7 @@ def test_infilling_in_a_process_of_its_own(mdm_dir, tmp_path):
     """From another directory, with stdout in a pipe."""
     template, out = 'def é(a):\n\treturn <hole:5>\n# </script> <hole>end\n', tmp_path / 'new/x.jsonl'
     done = subprocess.run(
-        [sys.executable, sample.__file__, f'--path={mdm_dir}', f'--infill={template}', '--hole_len=3',
+        [sys.executable, sample.__file__, f'--out_dir={mdm_dir}', f'--infill={template}', '--hole_len=3',
          '--n=2', '--n_steps=4', '--show', '--delay=9', f'--html={tmp_path}/x.html', f'--out={out}',
          '--history', '--device=cpu'], capture_output=True, text=True, encoding='utf-8', cwd='/', timeout=60)
     assert done.returncode == 0, done.stderr
@@ -160,7 +160,7 @@ def test_infilling_in_a_process_of_its_own(mdm_dir, tmp_path):
 def test_prompt_from_a_file_shown_in_a_terminal(mdm_dir, tmp_path, monkeypatch, capsys):
     """Every line ending of the file stays; the terminal gets its cursor back, after Ctrl-C too."""
     (tmp_path / 'prompt.txt').write_bytes('naïve:\r\n'.encode())
-    args = (f'--path={mdm_dir}', f'--prompt_file={tmp_path}/prompt.txt', '--max_new_tokens=6', '--show',
+    args = (f'--out_dir={mdm_dir}', f'--prompt_file={tmp_path}/prompt.txt', '--max_new_tokens=6', '--show',
             '--delay=0', f'--out={tmp_path}/x.jsonl', '--commit=threshold', '--device=cpu')
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     in_process(monkeypatch, *args)
@@ -181,18 +181,18 @@ def test_autoregressive(tmp_path, monkeypatch, capsys):
     """Two calls append to one file; the first state is the prompt alone, and every step adds a token."""
     path = save_tiny(tmp_path / 'ar', AR)
     for seed in 0, 1:
-        in_process(monkeypatch, f'--path={path}', '--prompt=ab', '--max_new_tokens=4', '--n=1',
+        in_process(monkeypatch, f'--out_dir={path}', '--prompt=ab', '--max_new_tokens=4', '--n=1',
                    f'--seed={seed}', '--device=cpu', f'--out={tmp_path}/x.jsonl', '--history',
                    f'--html={tmp_path}/x.html')
     records = [json.loads(line) for line in open(tmp_path / 'x.jsonl', encoding='utf-8')]
     assert [r['seed'] for r in records] == [0, 1]
     assert all(r['history'][0] == 'ab' and len(r['history']) == r['nfe'] + 1 for r in records)
     with pytest.raises(SystemExit, match='not fill holes'):
-        in_process(monkeypatch, f'--path={path}', '--infill=a<hole>b')
+        in_process(monkeypatch, f'--out_dir={path}', '--infill=a<hole>b')
 
 
 @pytest.mark.parametrize('args,says', [
-    (['--path=/no/such/run'], '/no/such/run'),
+    (['--out_dir=/no/such/run'], '/no/such/run'),
     (['--infill=no marker'], '<hole>'),
     (['--infill=a<hole>b', '--hole_len=0'], 'at least one token'),
     (['--infill=a<hole>b', '--prompt=c'], '--prompt or --infill'),
@@ -215,10 +215,10 @@ def test_autoregressive(tmp_path, monkeypatch, capsys):
     (['--promt=a'], "did you mean 'prompt'"),
 ])
 def test_mistakes_end_in_one_line(mdm_dir, monkeypatch, args, says):
-    with pytest.raises(SystemExit) as e: in_process(monkeypatch, f'--path={mdm_dir}', *args)
+    with pytest.raises(SystemExit) as e: in_process(monkeypatch, f'--out_dir={mdm_dir}', *args)
     assert says in str(e.value) and '\n' not in str(e.value)
 
 
 def test_an_empty_directory_is_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='holds no checkpoint. Train one'):
-        in_process(monkeypatch, f'--path={tmp_path}')
+        in_process(monkeypatch, f'--out_dir={tmp_path}')
