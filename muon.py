@@ -4,7 +4,7 @@
     w <- w - lr 0.2 sqrt(max(rows, cols)) u
 
 The factor (Moonlight, 2502.16982, Eq. 4) gives the update AdamW's usual size: one learning rate serves both.
-torch.optim.Muon is the same rule, always in bf16; on CPUs, where that is slow or absent, this one runs in fp32.
+torch.optim.Muon is the same rule, always in bf16; on CPUs, where that is slow or absent, this runs in fp32.
 It takes the fused qkv and gate-up matrices apart, because U V^T of a stack is not the stack of the U V^T.
 """
 import torch

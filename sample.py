@@ -299,7 +299,7 @@ if __name__ == '__main__':
     max_new_tokens = 96     # after a prompt; a sample ends earlier at an end-of-text token
     n = 3                   # samples, as one batch
     # how; for ar only temperature, top_k, top_p and seed matter
-    n_steps = 96            # forwards to spend: as many as tokens is best, fewer is faster and worse
+    n_steps = 64            # forwards to spend: as many as tokens is best, fewer is faster and worse
     temperature = 0.8       # below 1 more conservative, 0 = always the most likely token
     top_k = 0               # choose among the k most likely tokens, 0 = all
     top_p = 1.0             # choose among the most likely tokens that share this probability

@@ -323,8 +323,8 @@ def evaluate(step, n_rows, name='val'):
             nats = val['nats_per_token'] * val['n_tokens']
             val['bits_per_byte'] = nats / math.log(2) / validation_bytes(n_rows)
             bound = '' if obj.name == 'ar' else '<= '
-            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
-                f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows x {eval_draws} draw(s))")
+            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/token"
+                f", {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows x {eval_draws} draws)")
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
                                 score=sample_score, temperature=sample_temperature, commit=sample_commit)

@@ -282,6 +282,18 @@ def test_an_autoregressive_run_becomes_a_diffusion_model(train, corpus, capsys):
         train('x', init_from='ar', tokenizer='', data_dir='other')
 
 
+def test_a_foreign_model_brings_its_tokenizer(train, corpus):
+    """init_from= a Hugging Face model that knows nothing of us: its vocabulary, and our separator."""
+    train('ar', objective='ar', max_iters=1, tied=False)
+    config = json.loads(Path('ar/export/config.json').read_text())
+    assert config.pop('dlm')['objective'] == 'ar'
+    Path('ar/export/config.json').write_text(json.dumps(config))
+    run = train('mdm', init_from='ar/export', tokenizer='', data_dir='', max_iters=1)
+    assert run['data_dir'].startswith('data/') and run['data_dir'].endswith('-ar_export')
+    assert run['obj'].dlm == dict(objective='mdm', shift=True, mask_id=257, separator=256, eos_id=256)
+    assert checkpoint.load_checkpoint('mdm')[0].dlm == run['obj'].dlm
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize('settings, message', [
     (dict(global_batch_size=6, micro_batch_size=4), 'a multiple of processes x micro_batch_size = 1 x 4'),
@@ -321,7 +333,8 @@ def test_nothing_is_overwritten(train, corpus):
     with pytest.raises(SystemExit, match=r'with other settings \(n_layer 2 -> 1, lr 0.01 -> 0.02\)'):
         train(n_layer=1, lr=0.02)
     data.prepare(corpus['dataset'], 'other', tokenizer='bytes', val_fraction=0.2)
-    with pytest.raises(SystemExit, match='other: run was trained on other data'): train(data_dir='other', max_iters=3)
+    with pytest.raises(SystemExit, match='other: run was trained on other data'):
+        train(data_dir='other', max_iters=3)
     Path('run/step-000002').rename('elsewhere')
     with pytest.raises(SystemExit, match='holds run/best-000002, but nothing to resume from'): train()
     Path('run/best-000002').rename('elsewhere2')
