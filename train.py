@@ -131,6 +131,7 @@ tokens_per_step = global_batch_size * seq_len
 if on_gpu:
     device = f'cuda:{local_rank}'
     torch.cuda.set_device(device)
+    torch.set_num_threads(1)        # the CPU only prepares data: a spinning pool would starve kernel launches
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
@@ -446,7 +447,7 @@ if val and is_main:
     card = checkpoint.model_card(obj, run_state(step, val), push_to_hub)
     if push_to_hub: checkpoint.upload(out / 'export', push_to_hub, card)
     say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {result_file}\n"
-        f"    python sample.py --path={out}")
+        f"    python sample.py --out_dir={out}")
 if world > 1: dist.destroy_process_group()
 if not val:
     say(f"stopped by a signal; the same command goes on from {checkpoint.find(out, 'step') or 'the start'}")
