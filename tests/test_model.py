@@ -546,8 +546,6 @@ def test_transformers_beside_our_kernels(tmp_path):
             "import kernels; print(kernels.__file__)")
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | dict(PYTHONPATH=str(tmp_path)))
-    if done.returncode and not (ROOT / 'kernels-0.dist-info').exists():
-        pytest.xfail("kernels-0.dist-info is missing in the root")
     assert done.returncode == 0, done.stderr[-500:]
     assert Path(done.stdout.strip()) == ROOT / 'kernels.py'
 
