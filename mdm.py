@@ -86,7 +86,7 @@ class MDM(Objective):
         target, doc = batch.is_target.cpu().numpy(), batch.doc.cpu().numpy()
         nats = torch.zeros(B, device=batch.ids.device)
         rngs = [np.random.default_rng((seed, max(int(r), 0))) for r in batch.row_ids.cpu()]     # -1: a row of padding
-        phase = [rng.random(doc.max() + 1) for rng in rngs]
+        phase = [rng.random(row.max() + 1) for rng, row in zip(rngs, doc)]      # of this row alone
         for j in range(k):
             weight = np.zeros((B, T))                                   # n/m or 1/t at the masked tokens, else 0
             for i, rng in enumerate(rngs):

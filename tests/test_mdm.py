@@ -314,3 +314,16 @@ def test_errors_name_the_way_out():
     mdm = MDM(tiny(), 60, shift=True)
     with pytest.raises(SystemExit, match='commit must be one of'): mdm.sample([[1]], 4, commit='x')
     with pytest.raises(SystemExit, match='give a prompt'): mdm.sample([[]], 4)
+
+
+def test_validation_noise_belongs_to_the_row():
+    """A row is scored alike whatever stands beside it in the batch: ranks and batch sizes do not matter."""
+    mdm = MDM(tiny(), 60)
+    batch = batch_from_documents(torch.randint(0, 60, (3, 16)).tolist())
+    doc = batch.doc.clone(); doc[1, 5:], doc[1, 9:] = 1, 2                # one row has three documents
+    batch = replace(batch, doc=doc)
+    whole, _ = mdm.row_nll(batch, k=2, seed=1)
+    for i in range(3):
+        one = replace(batch, **{k: getattr(batch, k)[i:i + 1] for k in ('ids', 'doc', 'pos', 'is_target', 'row_ids')},
+                      ranges=None if batch.ranges is None else type(batch.ranges)(*(r[i:i + 1] for r in batch.ranges)))
+        torch.testing.assert_close(mdm.row_nll(one, k=2, seed=1)[0], whole[i:i + 1])
