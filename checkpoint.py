@@ -9,7 +9,7 @@ Nothing is a pickle. No random state is kept, for there is none: data order and 
 step, row).
 
     objective, tokenizer = load_checkpoint('out/x')     # also a hub name, an HF directory, a .gguf
-    python checkpoint.py --path=out/x --export=dir      # bf16 weights; --push_to_hub=user/name publishes them
+    python checkpoint.py --out_dir=out/x --export=dir      # bf16 weights; --push_to_hub=user/name publishes them
 """
 import errno
 import inspect
@@ -192,26 +192,26 @@ def model_card(objective, state: dict, repo_id: str) -> str:
     rows = '\n'.join(f'| {k} | {show(v)} |' for k, v in facts.items() if v is not None)
     return (f"---\nlibrary_name: transformers\ntags: [{objective.name}, nano-dlm]\n---\n# {repo_id}\n\n"
             f"{kind} language model, trained with nano-dlm.\n\n| fact | value |\n| --- | --- |\n{rows}\n\n"
-            f"    python sample.py --path={repo_id}\n")
+            f"    python sample.py --out_dir={repo_id}\n")
 
 
 if __name__ == '__main__':
-    path = ''                           # a run's out_dir, a checkpoint, a Hugging Face directory or hub name
+    out_dir = ''                        # a run's out_dir, a checkpoint, a Hugging Face directory or hub name
     export = ''                         # directory to write, in Hugging Face's format
     dtype = 'bfloat16'                  # of the exported weights: bfloat16, float16 or float32
     push_to_hub = ''                    # user/name: upload it, with a model card
     max_shard_mb = 4096                 # largest weight file
     from configurator import configure
     configure(globals())
-    if not path or not export: raise SystemExit("say --path=out/x --export=directory")
+    if not out_dir or not export: raise SystemExit("say --out_dir=out/x --export=directory")
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise SystemExit(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
     if os.path.exists(export) and os.listdir(export):
         raise SystemExit(f"{export} is not empty: delete it or choose another directory")
-    objective, tokenizer = load_checkpoint(path)
+    objective, tokenizer = load_checkpoint(out_dir)
     objective.model.save_pretrained(export, tokenizer, objective.dlm, getattr(torch, dtype),
                                     max_shard_mb << 20)
-    state_file = (find(path) or Path(path)) / 'state.json'
+    state_file = (find(out_dir) or Path(out_dir)) / 'state.json'
     state = json.loads(state_file.read_text()) if state_file.exists() else {}
     print(f"wrote {export}")
     if push_to_hub: upload(export, push_to_hub, model_card(objective, state, push_to_hub))

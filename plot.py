@@ -53,12 +53,12 @@ def packages():
 
 def weights():
     r = load('weights')
-    c = r['config']
-    return table(
-        ('`weights/`', r['hardware']),
-        ('parameters', f"{r['parameters'] / 1e6:.1f}M"),
-        ('training', f"{r['steps']:,} steps, {r['tokens'] / 1e6:.0f}M tokens, {r['train_minutes']:.1f} minutes"),
-        ('validation on networkx', f"{bits(r['validation'])} bits/byte ({c['eval_draws']} draws per row)"))
+    rows = [('`weights/`', f"{r['parameters'] / 1e6:.1f}M parameters; {r['steps']:,} steps, {r['tokens'] / 1e6:.0f}M tokens, "
+                           f"{r['train_minutes']:.1f} minutes on one {r['hardware']}")]
+    for split, label in (('val', 'networkx'), ('test', 'mpmath, pydantic, jinja2'), ('val_in', 'held-out files')):
+        e = load(f'weights_{split}')
+        rows.append((label, f"{bits(e['results']['nll'])} bits/byte ({e['config']['draws']} draws per row)"))
+    return table(*rows)
 
 
 def smollm2():

@@ -1,5 +1,5 @@
 # The model in weights/: 11.5M parameters, under 6 minutes on one H100. Then:
-#   python checkpoint.py --path=out/weights --export=weights --max_shard_mb=12
+#   python checkpoint.py --out_dir=out/weights --export=weights --max_shard_mb=12
 out_dir = 'out/weights'
 dataset = 'packages'
 data_dir = 'data/packages-bpe-8192'

@@ -238,20 +238,20 @@ def test_export_and_upload(tmp_path, command, monkeypatch):
     monkeypatch.setattr('huggingface_hub.HfApi', HfApi)
     save_checkpoint(tmp_path / 'run', 'best', tiny(), TOK, dict(
         step=40, tokens=5000, config=dict(dataset='stdlib'), val=dict(nats_per_token=2.34567, n_rows=8)))
-    command(path=tmp_path / 'run', export=export, push_to_hub='me/model')
+    command(out_dir=tmp_path / 'run', export=export, push_to_hub='me/model')
     assert calls == [dict(repo_id='me/model', repo_type='model', exist_ok=True),
                      dict(repo_id='me/model', repo_type='model', folder_path=export)]
     assert json.loads(Path(export, 'config.json').read_text())['dtype'] == 'bfloat16'
     card = Path(export, 'README.md').read_text()
     for fact in ('# me/model', 'A diffusion language model', '| objective | mdm |', '| dataset | stdlib |',
-                 '| steps | 40 |', '| validation nats_per_token | 2.3457 |', '--path=me/model'):
+                 '| steps | 40 |', '| validation nats_per_token | 2.3457 |', '--out_dir=me/model'):
         assert fact in card
     obj, _ = load_checkpoint(export)
     assert obj.separator == TOK.sep_id and obj.mask_id == TOK.mask_id
-    with pytest.raises(SystemExit, match='export is not empty'): command(path=tmp_path / 'run', export=export)
+    with pytest.raises(SystemExit, match='export is not empty'): command(out_dir=tmp_path / 'run', export=export)
     with pytest.raises(SystemExit, match="dtype must be bfloat16, float16 or float32, got 'int8'"):
-        command(path=tmp_path / 'run', export=tmp_path / 'x', dtype='int8')
-    with pytest.raises(SystemExit, match='say --path='): command(path=tmp_path / 'run')
+        command(out_dir=tmp_path / 'run', export=tmp_path / 'x', dtype='int8')
+    with pytest.raises(SystemExit, match='say --out_dir='): command(out_dir=tmp_path / 'run')
 
 
 def test_a_failed_upload_keeps_the_export(tmp_path, monkeypatch):
