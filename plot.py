@@ -53,8 +53,8 @@ def packages():
 
 def weights():
     r = load('weights')
-    rows = [('`weights/`', f"{r['parameters'] / 1e6:.1f}M parameters; {r['steps']:,} steps, {r['tokens'] / 1e6:.0f}M tokens, "
-                           f"{r['train_minutes']:.1f} minutes on one {r['hardware']}")]
+    rows = [('`weights/`', f"{r['parameters'] / 1e6:.1f}M parameters; {r['steps']:,} steps, "
+             f"{r['tokens'] / 1e6:.0f}M tokens, {r['train_minutes']:.1f} minutes on one {r['hardware']}")]
     for split, label in (('val', 'networkx'), ('test', 'mpmath, pydantic, jinja2'), ('val_in', 'held-out files')):
         e = load(f'weights_{split}')
         rows.append((label, f"{bits(e['results']['nll'])} bits/byte ({e['config']['draws']} draws per row)"))
