@@ -9,7 +9,7 @@ Nothing is a pickle. No random state is kept, for there is none: data order and 
 step, row).
 
     objective, tokenizer = load_checkpoint('out/x')     # also a hub name, an HF directory, a .gguf
-    python checkpoint.py --out_dir=out/x --export=dir      # bf16 weights; --push_to_hub=user/name publishes them
+    python checkpoint.py --out_dir=out/x --export=dir   # bf16 weights; --push_to_hub=user/name uploads them
 """
 import errno
 import inspect

@@ -11,6 +11,7 @@ thing, and a run may resume on other hardware. (torchrun kills 30 s after a sign
 """
 import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -324,8 +325,8 @@ def evaluate(step, n_rows, name='val'):
             nats = val['nats_per_token'] * val['n_tokens']
             val['bits_per_byte'] = nats / math.log(2) / validation_bytes(n_rows)
             bound = '' if obj.name == 'ar' else '<= '
-            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/token"
-                f", {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows x {eval_draws} draws)")
+            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
+                f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows)")
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
                                 score=sample_score, temperature=sample_temperature, commit=sample_commit)
@@ -426,7 +427,7 @@ while step < max_iters and not time_is_up:
                **ratios, tokens_per_s=speed, **mfu)
     if interrupted: break
 bar.close()
-ahead.shutdown(wait=False, cancel_futures=True)
+ahead.shutdown(cancel_futures=True)
 train_minutes = minutes()
 if step > start_step: save(step)
 
@@ -448,7 +449,11 @@ if val and is_main:
     if push_to_hub: checkpoint.upload(out / 'export', push_to_hub, card)
     say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {result_file}\n"
         f"    python sample.py --out_dir={out}")
-if world > 1: dist.destroy_process_group()
+if world > 1:                       # DDP's reducer holds the process group, whose threads must end before Python does
+    dist.barrier()
+    del ddp
+    gc.collect()
+    dist.destroy_process_group()
 if not val:
     say(f"stopped by a signal; the same command goes on from {checkpoint.find(out, 'step') or 'the start'}")
     raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])

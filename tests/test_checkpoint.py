@@ -248,7 +248,8 @@ def test_export_and_upload(tmp_path, command, monkeypatch):
         assert fact in card
     obj, _ = load_checkpoint(export)
     assert obj.separator == TOK.sep_id and obj.mask_id == TOK.mask_id
-    with pytest.raises(SystemExit, match='export is not empty'): command(out_dir=tmp_path / 'run', export=export)
+    with pytest.raises(SystemExit, match='export is not empty'):
+        command(out_dir=tmp_path / 'run', export=export)
     with pytest.raises(SystemExit, match="dtype must be bfloat16, float16 or float32, got 'int8'"):
         command(out_dir=tmp_path / 'run', export=tmp_path / 'x', dtype='int8')
     with pytest.raises(SystemExit, match='say --out_dir='): command(out_dir=tmp_path / 'run')
