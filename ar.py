@@ -15,6 +15,7 @@ from model import Objective, scored_rows
 
 
 class AR(Objective):
+    """The model is taken over: it becomes causal."""
     name = 'ar'
 
     def __init__(self, model, mask_id=None, separator=None, eos_id=None):
@@ -37,11 +38,11 @@ class AR(Objective):
     @torch.no_grad()
     def row_nll(self, batch, k=1, seed=0):
         """Exact nats and number of scored tokens of each row, (B,) each; k and seed have no meaning here."""
-        b, noise = torch.nonzero(batch.is_target)[:, 0], self.prepare(batch, seed).noise
-        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1)[noise['rows']]
-        _, ce = linear_cross_entropy(h, self.model.head_weight, noise['targets'], noise['a'].to(h.device),
-                                     skip_col=self.mask_id)
-        nats = torch.zeros(len(batch.ids), device=h.device).index_add(0, b, ce[:noise['n']])
+        tokens, rows, n = scored_rows(batch.is_target, self.shift)
+        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1)[rows]
+        targets, used = batch.ids.flatten()[tokens], (torch.arange(len(tokens), device=h.device) < n).float()
+        _, ce = linear_cross_entropy(h, self.model.head_weight, targets, used, skip_col=self.mask_id)
+        nats = torch.zeros(len(batch.ids), device=h.device).index_add(0, tokens // batch.ids.shape[1], ce)
         return nats, batch.is_target.sum(1)
 
     @torch.no_grad()
@@ -52,6 +53,7 @@ class AR(Objective):
         `history`, if given, gets (ids (B, T), confidence (B, T)) after every token, on the CPU."""
         device = self.model.embed_tokens.weight.device
         given = [([] if self.separator is None else [self.separator]) + list(p) for p in prompts]
+        if max_new_tokens < 0: raise SystemExit(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         if not all(given): raise SystemExit("an empty prompt needs a checkpoint with a separator token")
         start, B = max(map(len, given)), len(given)
         x = torch.full((B, start + max_new_tokens), self.eos_id or 0, device=device)

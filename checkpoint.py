@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -153,7 +152,7 @@ def provenance(device: str, started: float) -> dict:
     commit = shutil.which('git') and subprocess.run(git, capture_output=True, text=True,
                                                     cwd=Path(__file__).parent).stdout.strip()
     gpu = device.startswith('cuda')
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = int(os.environ.get('WORLD_SIZE', 1))
     name = (torch.cuda.get_device_name() if gpu else
             f'CPU {platform.machine()}, {torch.get_num_threads()} threads')
     return dict(command=' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),

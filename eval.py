@@ -37,11 +37,11 @@ def nll(obj, corpus, n_rows, batch_size, draws, seed, device):
     exact = obj.name == 'ar'
     bits = val['nats_per_token'] * val['n_tokens'] / math.log(2)
     return val | dict(bits_per_byte=bits / n_bytes[0], n_bytes=n_bytes[0],
-                      estimator='exact' if exact else f'upper bound, count, {draws} draw(s) per row', seed=seed)
+                      estimator='exact' if exact else f'upper bound, count, {draws} draw(s) per document', seed=seed)
 
 
-def bigram(train, corpus, vocab_size, prior=1.0, unigram_weight=10.0):
-    """Bits per byte of p(b | a) = (n(a, b) + w p(b)) / (n(a) + w) on all of the corpus, p(b) the add-one unigram;
+def bigram(train, corpus, vocab_size, n_rows=0, prior=1.0, unigram_weight=10.0):
+    """Bits per byte of p(b | a) = (n(a, b) + w p(b)) / (n(a) + w), p(b) the add-one unigram, on the same rows as nll;
     counts from the training split. SEP starts each document and is given, as for every other model here."""
     tokens = np.asarray(train.tokens, dtype=np.int64)
     uni = np.bincount(tokens, minlength=vocab_size) + prior
@@ -49,7 +49,7 @@ def bigram(train, corpus, vocab_size, prior=1.0, unigram_weight=10.0):
     keys, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     total = np.bincount(tokens[:-1], minlength=vocab_size)
     nats = n = n_bytes = 0
-    for batch in corpus.eval_batches(0, 64):
+    for batch in corpus.eval_batches(n_rows, 64):
         b, i = (x.numpy() for x in batch.is_target.nonzero(as_tuple=True))
         ids = batch.ids.numpy()
         before, token = ids[b, i - 1], ids[b, i]
@@ -140,10 +140,13 @@ if __name__ == '__main__':
     results = {}
     for task in wanted:
         results[task] = {'nll': lambda: nll(obj, corpus, n_rows, batch_size, draws, seed, device),
-                         'bigram': lambda: bigram(train, corpus, V),
+                         'bigram': lambda: bigram(train, corpus, V, n_rows),
                          'samples': lambda: samples(obj, tok, train, n_samples, max_new_tokens, settings)}[task]()
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in results[task].items() if k != 'texts'}
-        print(f"{task}: " + ', '.join(f'{k} {v!r}' for k, v in shown.items()))
+        bound = '<= ' if shown.get('estimator', '').startswith('upper') else ''
+        for k in ('nats_per_token', 'bits_per_byte'):
+            if k in shown: shown[k] = f'{bound}{shown[k]}'
+        print(f'{task}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()))
     path = Path(result or Path(out_dir if Path(out_dir).is_dir() else '.') / f"eval-{'-'.join(wanted)}.json")
     write_json(path, provenance(device, started) | dict(
         model=dict(path=out_dir, parameters=obj.model.n_params(), **obj.dlm),

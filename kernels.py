@@ -1,11 +1,11 @@
-"""The arithmetic that decides the speed: each section has its mathematics, a reference `foo_ref` (the
-specification) and the public `foo`. Nothing here knows about models or objectives.
+"""The arithmetic that decides the speed, in plain PyTorch so far: each section has its mathematics and one public
+function, with a separate reference `foo_ref` where that is not the function itself. Nothing here knows models.
 
     ranges        which keys a query sees: documents, padding, causal order, two ranges for block diffusion
     attention     scaled dot-product attention over those ranges
     rms_norm, rope, swiglu
     linear_cross_entropy   the loss at the masked rows, logits never larger than a chunk
-    unmask        from logits to candidate tokens and their probabilities, for the samplers
+    unmask        from logits to candidate tokens, for the samplers
 """
 from typing import NamedTuple
 
@@ -168,9 +168,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, b: Tensor | None = None,
-                         skip_col: int | None = None, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+                         skip_col: int | None = None, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """h (N, D) hidden rows, weight (V, D), targets (N,) int64, a and b (N,) fp32 -> (loss scalar, ce (N,) fp32,
-    detached; 0 in rows whose a and b are 0: padding of a static bucket). `skip_col` is left out of the softmax."""
+    detached; 0 in rows whose a and b are 0: padding of a static bucket). `skip_col` is left out of the softmax.
+    chunk: rows of logits in memory at a time; 0 = 2^27 logits, 512 MiB in fp32."""
+    chunk = chunk or max((1 << 27) // len(weight), 1)
     assert h.ndim == 2 and weight.ndim == 2 and h.shape[1] == weight.shape[1], f"{h.shape=} {weight.shape=}"
     assert targets.shape == a.shape == h.shape[:1], f"{h.shape=} {targets.shape=} {a.shape=}"
     if not torch.is_grad_enabled(): h, weight = h.detach(), weight.detach()      # no gradient work in forward

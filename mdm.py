@@ -34,7 +34,7 @@ def q_sample(x0, t, mask_id, is_target=None, u=None):
 class MDM(Objective):
     """weighting: 'elbo' (1/t, the bound), 'flat' (plain cross-entropy over masked tokens) or 'planner' (flat plus a
     confidence-weighted path term, what Open-dLLM trains). shift: hidden row i - 1 predicts token i, the habit of a
-    backbone that was autoregressive."""
+    backbone that was autoregressive. The model is taken over: it becomes bidirectional."""
     name = 'mdm'
 
     def __init__(self, model, mask_id, shift=False, weighting='elbo', separator=None, eos_id=None, t_min=1e-3):
@@ -50,7 +50,7 @@ class MDM(Objective):
     def prepare(self, batch, seed):
         """Draw t per document and the mask, a function of (seed, step, row of the global batch) only. t is stratified
         over rows and documents by golden-ratio steps, so about half of all tokens are masked in every batch."""
-        u_step = np.random.default_rng((seed, batch.step)).random()
+        u_step = np.random.default_rng((seed, batch.step)).random()     # is row 0's u[0], too: never a target
         i, doc = batch.row_ids[:, None].double(), batch.doc.clamp(min=0).double()
         t = self.t_min + (1 - self.t_min) * ((u_step + 0.618034 * i + 0.569840 * doc) % 1)              # (B, T)
         T = batch.ids.shape[1]
@@ -81,11 +81,12 @@ class MDM(Objective):
     def row_nll(self, batch, k=1, seed=0, estimator='count'):
         """Monte-Carlo upper bound on the nats of each row, and its number of scored tokens: (B,), (B,). k stratified
         draws per document. estimator 'count': the number m of masked tokens uniform in 1..n, weight n/m (LLaDA
-        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row) alone."""
+        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row), not on
+        what else is in the batch."""
         B, T = batch.ids.shape
         target, doc = batch.is_target.cpu().numpy(), batch.doc.cpu().numpy()
         nats = torch.zeros(B, device=batch.ids.device)
-        rngs = [np.random.default_rng((seed, max(int(r), 0))) for r in batch.row_ids.cpu()]     # -1: a row of padding
+        rngs = [np.random.default_rng((seed, int(r))) for r in batch.row_ids.cpu()]
         phase = [rng.random(row.max() + 1) for rng, row in zip(rngs, doc)]      # of this row alone
         for j in range(k):
             weight = np.zeros((B, T))                                   # n/m or 1/t at the masked tokens, else 0
@@ -138,15 +139,19 @@ class MDM(Objective):
         """Fill holes. A template is a list of id lists (given) and ints (holes of that many tokens), e.g.
         [prefix, 16, suffix]. Returns (lists of ids), nfe: nfe counts forwards of the batch.
 
-        commit: 'schedule' (as many tokens per step as the linear schedule has), 'ancestral' (each masked token with
-          probability (t - s)/t, the exact reverse process) or 'threshold' (all argmax tokens with confidence >= tau, at
-          least one; Fast-dLLM 2505.22618 Alg. 1; temperature and n_steps are not used).
+        commit: 'schedule' (as many tokens per step as the linear schedule has); 'ancestral' (each masked token with
+          probability (t - s)/t; with score='random' the exact reverse process); or 'threshold' (all argmax tokens
+          with confidence >= tau, at least one; Fast-dLLM 2505.22618 Alg. 1; of the other settings only block_len
+          matters).
         score: which masked tokens go first: 'confidence' p(chosen), 'margin' p1 - p2, 'entropy' -H, 'random'; from the
           model's distribution at temperature 1, without filters.
         remask: 'none' or 'p2' (path planning 2502.03540): every generated token is scored again at each step, a
           filled one by the probability of the token that stands there, and only the best share is kept.
-        n_steps: in total, split over blocks in proportion to their masks. Without remasking no forward is run
-          that cannot commit a token: nfe <= min(n_steps, longest row's holes) (threshold: <= holes).
+        n_steps: in total, split over a row's blocks in proportion to their masks, at least one each. Without
+          remasking no forward is run that cannot commit a token; for one row nfe <= min(n_steps, holes) if there are
+          no more blocks than steps. The rows of a batch share forwards.
+        stop_at_eos: a generated EOS with no mask before it ends its row, and what follows it is dropped.
+        pad_side: where shorter rows are padded; it does not change the result.
         block_len: semi-autoregressive blocks of so many generated tokens, left to right; 0 = one block.
         history: a list (anything with append) that gets (ids (B, T), confidence (B, T)) on the CPU after every step."""
         for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
@@ -155,6 +160,10 @@ class MDM(Objective):
             if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if remask == 'p2' and commit != 'schedule':
             raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
+        if remask == 'p2' and score != 'confidence':
+            raise SystemExit("remask='p2' ranks by the current token's probability: use score='confidence'")
+        if block_len < 0: raise SystemExit(f"block_len must be at least 0, got {block_len}")
+        if stop_at_eos and self.eos_id is None: raise SystemExit("stop_at_eos needs a checkpoint with an eos_id")
         if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         x, hole, real = self._layout(templates, pad_side)
         ranges, pos = None, (real.long().cumsum(1) - 1).clamp(min=0)
@@ -163,6 +172,7 @@ class MDM(Objective):
         conf, nfe = torch.where(hole, 0.0, 1.0), 0
         if history is not None: history.append((x.cpu(), conf.cpu()))
         for active, total, steps in _blocks(hole, block_len, n_steps):
+            active = active & (x == self.mask_id)                               # an early EOS has filled the rest
             for step in itertools.count():
                 masked = active & (x == self.mask_id)                           # (B, T)
                 scored = active & (step < steps)[:, None] if remask == 'p2' else masked
@@ -199,6 +209,7 @@ class MDM(Objective):
             ids, is_hole = list(sep), [False] * len(sep)
             for part in template:
                 n = part if isinstance(part, int) else len(part)
+                if n < 0: raise SystemExit(f"a hole of {n} tokens: lengths must be at least 0")
                 ids += [self.mask_id] * n if isinstance(part, int) else list(part)
                 is_hole += [isinstance(part, int)] * n
             if self.shift and is_hole[:1] == [True]:

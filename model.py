@@ -455,6 +455,7 @@ def mean_stderr(sums: Tensor) -> tuple[float, float]:
     x, n, xx, xn, nn_, rows = sums.tolist()
     if n == 0: raise SystemExit("nothing to score: no target token in these rows")
     mean = x / n
+    if rows < 2: return mean, math.nan                          # one row says nothing of its spread
     var = max(xx - 2 * mean * xn + mean * mean * nn_, 0.0) * rows / max(rows - 1, 1)
     return mean, math.sqrt(var) / n
 

@@ -307,7 +307,7 @@ if __name__ == '__main__':
                             # process), schedule (equal shares), threshold (all with confidence >= tau)
     score = 'random'        # which tokens first: random, confidence, margin, entropy. Strong models gain by
                             # confidence; weak ones are surest of white space and collapse to it
-    remask = 'none'         # p2: tokens that became unlikely are masked again (needs commit=schedule)
+    remask = 'none'         # p2: tokens that became unlikely are masked again (schedule, confidence)
     tau = 0.9               # confidence that commit=threshold asks for
     block_len = 0           # write blocks of so many tokens from left to right, 0 = everything at once
     seed = 0                # same seed, same samples

@@ -434,6 +434,11 @@ if step > start_step: save(step)
 # ---- results -----------------------------------------------------------------------------------------------
 val = None if interrupted else evaluate(step, eval_rows)
 if val and final_eval_rows != eval_rows: val = evaluate(step, final_eval_rows, 'final')
+if world > 1:                                       # what follows is rank 0's, and may take long
+    dist.barrier()
+    del ddp                                         # its reducer holds the process group, whose threads must
+    gc.collect()                                    # end before the interpreter does
+    dist.destroy_process_group()
 if val and is_main:
     model.save_pretrained(out / 'export', tok, obj.dlm, getattr(torch, export_dtype))
     speed = statistics.median(speeds) if speeds else None
@@ -449,11 +454,6 @@ if val and is_main:
     if push_to_hub: checkpoint.upload(out / 'export', push_to_hub, card)
     say(f"done in {train_minutes:.1f} minutes: {out}/export (Hugging Face format), {result_file}\n"
         f"    python sample.py --out_dir={out}")
-if world > 1:                       # DDP's reducer holds the process group, whose threads must end before Python does
-    dist.barrier()
-    del ddp
-    gc.collect()
-    dist.destroy_process_group()
 if not val:
     say(f"stopped by a signal; the same command goes on from {checkpoint.find(out, 'step') or 'the start'}")
     raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])

@@ -304,6 +304,7 @@ def test_eos_stops_early_and_is_cut():
     mdm = MDM(Eager(torch.ones(1)), MASK, separator=SEP, eos_id=2)
     out, nfe = mdm.sample([[0, 1]], 30, n_steps=30, temperature=0, block_len=5)
     assert out == [[0, 1]] and nfe == 1                              # the first token is EOS, the rest follows from it
+    assert mdm.sample([[0, 1]], 30, temperature=0, block_len=5, remask='p2', n_steps=30)[1] <= 5
     out, _ = mdm.infill([[[0, 1], 3, [0]]], temperature=0)
     assert out == [[0, 1, 2, 2, 2, 0]]                               # a hole in the middle is filled, not cut
 
@@ -314,6 +315,10 @@ def test_errors_name_the_way_out():
     mdm = MDM(tiny(), 60, shift=True)
     with pytest.raises(SystemExit, match='commit must be one of'): mdm.sample([[1]], 4, commit='x')
     with pytest.raises(SystemExit, match='give a prompt'): mdm.sample([[]], 4)
+    with pytest.raises(SystemExit, match="use score='confidence'"): mdm.sample([[1]], 4, remask='p2', score='random')
+    with pytest.raises(SystemExit, match='block_len must be'): mdm.sample([[1]], 4, block_len=-1)
+    with pytest.raises(SystemExit, match='a hole of -3 tokens'): mdm.sample([[1]], -3)
+    with pytest.raises(SystemExit, match='needs a checkpoint with an eos_id'): mdm.infill([[[1], 2]], stop_at_eos=True)
 
 
 def test_validation_noise_belongs_to_the_row():
