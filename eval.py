@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from checkpoint import load_checkpoint, provenance, write_json
+from checkpoint import find, load_checkpoint, provenance, write_json
 
 
 def nll(obj, corpus, n_rows, batch_size, draws, seed, device):
@@ -133,9 +133,13 @@ if __name__ == '__main__':
     obj.to(device)
     V, seq_len = obj.model.cfg.vocab_size, seq_len or min(obj.model.cfg.max_seq_len, 1024)
     if not data_dir:
-        data_dir = f"data/{dataset}-{tok.name}"
-        data.prepare(dataset, data_dir, tokenizer=out_dir)
+        data_dir = f"data/{Path(dataset).stem}-{Path(tok.name).name}"
+    if not Path(data_dir, 'meta.json').exists():
+        data.prepare(dataset, data_dir, tokenizer=str(find(out_dir) or out_dir))
     train, corpus = data.Corpus(data_dir, 'train', seq_len, V), data.Corpus(data_dir, split, seq_len, V)
+    if not np.array_equal(corpus.tokenizer.token_bytes(), tok.token_bytes()):
+        raise SystemExit(f"{data_dir} has the tokens of {corpus.meta['tokenizer']!r}, not of {out_dir}: "
+                         "choose another --data_dir")
     settings = dict(n_steps=n_steps, temperature=temperature, commit=commit, score=score, seed=seed)
     results = {}
     for task in wanted:
