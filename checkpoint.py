@@ -202,10 +202,12 @@ if __name__ == '__main__':
     max_shard_mb = 4096                 # largest weight file
     from configurator import configure
     configure(globals())
+    if push_to_hub and push_to_hub.count('/') != 1:
+        raise SystemExit(f"push_to_hub must be user/name, got {push_to_hub!r}")
     if not out_dir or not export: raise SystemExit("say --out_dir=out/x --export=directory")
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise SystemExit(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    if os.path.exists(export) and os.listdir(export):
+    if os.path.isfile(export) or os.path.isdir(export) and os.listdir(export):
         raise SystemExit(f"{export} is not empty: delete it or choose another directory")
     objective, tokenizer = load_checkpoint(out_dir)
     objective.model.save_pretrained(export, tokenizer, objective.dlm, getattr(torch, dtype),

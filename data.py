@@ -274,6 +274,8 @@ def file_documents(files: list[Path], key: str, hf=None) -> Iterator[str | list]
                 yield from (_row_document(row, key, where, hf) for where, row in _table_rows(path))
             except UnicodeDecodeError:
                 raise SystemExit(f"{path} is not UTF-8: convert it (iconv -f latin1 -t utf-8)") from None
+            except ValueError as e:                # pyarrow's ArrowInvalid is one
+                raise SystemExit(f"{path} is broken: {first_line(e)}") from None
         elif (text := _read_text(path)) is not None:
             yield text
         else:

@@ -127,6 +127,8 @@ if __name__ == '__main__':
     wanted = tasks.split(',')
     for task in wanted:
         if task not in known: raise SystemExit(f"unknown task {task!r}: --tasks is a comma list of {', '.join(known)}")
+    if min(draws, batch_size, n_samples, n_steps) < 1 or n_rows < 0:
+        raise SystemExit("draws, batch_size, n_samples and n_steps must be at least 1, n_rows at least 0")
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     obj, tok = load_checkpoint(out_dir, objective=objective)
     if obj.separator is None: obj.separator = tok.sep_id

@@ -84,6 +84,7 @@ def render(text):
 
 
 if __name__ == '__main__':
+    if sys.argv[1:] not in ([], ['--check']): raise SystemExit(__doc__.strip())
     readme = HERE / 'README.md'
     old = readme.read_text()
     new = render(old)

@@ -109,6 +109,10 @@ local_rank = int(os.environ.get('LOCAL_RANK', 0))
 is_main = rank == 0
 device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
 on_gpu = device == 'cuda'
+if min(n_layer, n_head, n_embd, n_ff, seq_len, max_iters) < 1 or min(
+        micro_batch_size, n_kv_head, warmup_iters, keep_last, seed, eval_seed, eval_rows, final_eval_rows,
+        sample_tokens, eval_interval, save_interval, max_docs) < 0:
+    raise SystemExit("sizes and max_iters must be at least 1; counts, intervals and seeds at least 0")
 for wrong, why in (
         (device not in ('cuda', 'cpu'), f"device must be cuda or cpu, got {device!r}"),
         (on_gpu and local_rank >= torch.cuda.device_count(),
@@ -121,6 +125,8 @@ for wrong, why in (
         (log and importlib.util.find_spec(log) is None, f"--log={log} needs: pip install {log}"),
         (n_embd % n_head or n_head % (n_kv_head or n_head),
          f"n_embd {n_embd} must be a multiple of n_head {n_head}, and that of n_kv_head {n_kv_head}"),
+        (n_embd // n_head % 2, f"n_embd / n_head must be even, got {n_embd} / {n_head}"),
+        (not 0 < t_min < 1, f"t_min must be between 0 and 1, got {t_min}"),
         (min(log_interval, eval_draws) < 1, "log_interval and eval_draws must be at least 1"),
         (export_dtype not in ('bfloat16', 'float16', 'float32'),
          f"export_dtype must be bfloat16, float16 or float32, got {export_dtype!r}"),
@@ -277,7 +283,10 @@ if is_main:
 
 def record(step, **metrics):
     """One line of metrics.jsonl, and the numbers to wandb or tensorboard."""
-    with open(metrics_file, 'a') as f: f.write(json.dumps(dict(step=step, **metrics)) + '\n')
+    valid = lambda v: [valid(x) for x in v] if isinstance(v, list) else (
+        None if isinstance(v, float) and not math.isfinite(v) else v)         # nan is no JSON
+    line = dict(step=step, **{k: valid(v) for k, v in metrics.items()})
+    with open(metrics_file, 'a') as f: f.write(json.dumps(line) + '\n')
     flat = {f'{k}/{i}' if isinstance(v, list) else k: x for k, v in metrics.items()
             for i, x in enumerate(v if isinstance(v, list) else [v])}
     if log == 'wandb': tracker.log(flat, step=step)
@@ -422,7 +431,7 @@ while step < max_iters and not time_is_up:
         bar.set_postfix_str(show)
         if bar.disable: say(f"step {step}/{max_iters}: {show} | lr x {scale:.2f} | ETA "
                             f"{(max_iters - step) * tokens_per_step / speed / 60:.1f} min")
-        ratios = {k: (v[0] / v[1].clamp(min=1e-9)).tolist() for k, v in reduced.items()}
+        ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items()}     # nan: nothing in that bucket
         record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=step * tokens_per_step,
                **ratios, tokens_per_s=speed, **mfu)
     if interrupted: break
