@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels import Ranges, causal_ranges, document_ranges, linear_cross_entropy, unmask
+from kernels import Ranges, causal_ranges, document_ranges, head_logits, linear_cross_entropy, unmask
 from model import Objective, scored_rows
 
 
@@ -67,7 +67,7 @@ class AR(Objective):
             pos = torch.arange(past, end, device=device)
             h = self.model.hidden(x[:, past:end], _cache_ranges(pad, past, end),
                                   (pos - pad[:, None]).clamp(min=0), cache=cache)
-            logits = (h[:, -1] @ self.model.head_weight.T.to(h.dtype)).float()
+            logits = head_logits(h[:, -1], self.model.head_weight)
             if self.mask_id is not None: logits[:, self.mask_id] = -torch.inf
             past, nfe = end, nfe + 1
             token = unmask(logits, temperature, top_k, top_p, generator)

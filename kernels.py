@@ -187,6 +187,15 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
 # -log(-log u) with fp32 u stops at 16.6 and cuts the tail of a large vocabulary. u = 1 would make E infinite.
 
 
+def head_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """h (..., D), weight (V, D) -> fp32 logits (..., V). The product of bf16 states is kept in fp32: in bf16, logits
+    near 20 are 0.125 apart, and the largest one is often a tie."""
+    weight = weight.to(h.dtype)
+    if not h.is_cuda or h.dtype == torch.float32: return (h @ weight.T).float()
+    with torch.autocast('cuda', enabled=False):
+        return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).view(*h.shape[:-1], -1)
+
+
 def exponential_noise(shape, generator: torch.Generator) -> Tensor:
     """Exponential(1) draws in fp32, on the generator's device."""
     r = torch.randint(0, 2 ** 32, shape, generator=generator, device=generator.device)
@@ -198,11 +207,10 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
-        z, order = logits.sort(descending=True)
+        z = logits.sort(descending=True).values
         p = z.softmax(-1)
-        keep = p.cumsum(-1) - p < top_p                                  # mass before the token
-        keep[:, 0] = True                                                # the first always stays
-        logits = logits.masked_fill(~keep.gather(1, order.argsort(-1)), -torch.inf)
+        n = (p.cumsum(-1) - p < top_p).sum(1, keepdim=True).clamp(min=1) # by the mass before the token; the first stays
+        logits = logits.masked_fill(logits < z.gather(1, n - 1), -torch.inf)
     return logits
 
 
@@ -213,5 +221,8 @@ def unmask(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: floa
     z = logits.float()
     if temperature == 0: return z.argmax(-1)
     assert generator is not None, "temperature > 0 needs a generator: randomness has a seed here"
-    z = filter_logits(z / temperature, top_k, top_p)
-    return (z - exponential_noise(z.shape, generator).log()).argmax(-1)
+    token = None
+    if 0 < top_k < z.shape[1]: z, token = z.topk(top_k)                  # noise for the candidates only
+    z = filter_logits(z / temperature, top_p=top_p)
+    best = (z - exponential_noise(z.shape, generator).log()).argmax(-1)
+    return best if token is None else token.gather(1, best[:, None]).squeeze(1)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kernels import document_ranges, linear_cross_entropy, unmask
+from kernels import document_ranges, head_logits, linear_cross_entropy, unmask
 from model import Objective, scored_rows
 
 N_BUCKETS = 8           # of t, for the logged loss per noise level
@@ -121,7 +121,7 @@ class MDM(Objective):
         h = self.model.hidden(xt, ranges, pos)                          # (B, T, D)
         if self.shift: h = torch.cat([h[:, :1], h[:, :-1]], 1)
         if rows is not None: h = h.flatten(0, 1)[rows]
-        z = (h @ self.model.head_weight.T.to(h.dtype)).float()
+        z = head_logits(h, self.model.head_weight)
         z[..., self.mask_id] = -torch.inf
         return z
 
@@ -183,12 +183,12 @@ class MDM(Objective):
                 logits = self.logits(x, rows, ranges, pos)                      # (N, V)
                 nfe += 1
                 old = x.flatten()[rows]
-                new = unmask(logits, 0 if commit == 'threshold' else temperature, top_k, top_p, generator)
-                new = torch.where(old == self.mask_id, new, old)                # a filled position keeps its token
-                p = logits.softmax(-1)
-                c = p.gather(1, new[:, None]).squeeze(1)                        # confidence in what would stand there
+                new, to_fill = old.clone(), old == self.mask_id                 # a filled position keeps its token
+                new[to_fill] = unmask(logits[to_fill] if remask == 'p2' else logits,
+                                      0 if commit == 'threshold' else temperature, top_k, top_p, generator)
+                c = (logits.gather(1, new[:, None]).squeeze(1) - logits.logsumexp(1)).exp()     # confidence in it
                 ranked = torch.full(x.shape, -torch.inf, device=x.device)
-                ranked.view(-1)[rows] = c if commit == 'threshold' else _score(score, p, c, generator)
+                ranked.view(-1)[rows] = c if commit == 'threshold' else _score(score, logits, c, generator)
                 if commit == 'threshold': n = (ranked >= tau).sum(1).clamp(min=1)
                 rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)      # 0 = best
                 keep = (rank < n[:, None]) & scored
@@ -268,9 +268,10 @@ def _n_keep(commit, remask, step, steps, total, masked, generator):
     return total * steps.clamp(max=step + 1) // steps - (total - masked.sum(1))
 
 
-def _score(score, p, c, generator):
-    """p (N, V) probabilities, c (N,) that of the candidate -> (N,), larger commits first."""
+def _score(score, logits, c, generator):
+    """logits (N, V), c (N,) the candidate's probability -> (N,), larger commits first."""
     if score == 'confidence': return c
+    if score == 'random': return torch.rand(c.shape, generator=generator, device=c.device)
+    p = logits.softmax(-1)
     if score == 'margin': return p.topk(2).values.diff(dim=-1).squeeze(1).neg()
-    if score == 'entropy': return torch.special.entr(p).sum(-1).neg()
-    return torch.rand(c.shape, generator=generator, device=c.device)
+    return torch.special.entr(p).sum(-1).neg()

@@ -1,10 +1,14 @@
-"""README's tables, from results/*.json and nothing else.
+"""Tables and figures, from results/*.json and nothing else.
 
-    python plot.py              # rewrite every block between <!-- name --> and <!-- end --> in README.md
-    python plot.py --check      # only say whether README.md is up to date (the tests do)
+    python plot.py                  # rewrite every block between <!-- name --> and <!-- end --> in README.md
+    python plot.py --check          # only say whether README.md is up to date (the tests do)
+    python plot.py --table_of=results/eval_a.json,results/eval_b.json --out=table.csv      # or .md; '' = the screen
+    python plot.py --pass_at_k=results/eval_a.json,results/eval_b.json --out=pass_at_k.png
+    python plot.py --sweep=results/sweep.json --metric=pass@1 --out=sweep.png
 """
+import csv
+import io
 import json
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -83,11 +87,112 @@ def render(text):
     return text
 
 
+# ---- of eval.py's results ----------------------------------------------------------------------------------
+def numbers(result):
+    """One result of eval.py -> {column: number} of what belongs into a table."""
+    out = {}
+    for task, r in result['results'].items():
+        if 'bits_per_byte' in r and task == 'nll': out['bits/byte'] = r['bits_per_byte']
+        groups = {'': r, ' average': r.get('average', {})} | {f' {k}': v for k, v in r.get('by_length', {}).items()}
+        for group, values in groups.items():
+            out |= {f'{task}{group} {k}': values[k] for k in ('pass@1', 'pass@10', 'exact_match', 'gen_ppl')
+                    if k in values}
+    return out
+
+
+def results_table(files, as_csv=False):
+    """Rows: models; columns: every number that any of the files has."""
+    loaded = [json.loads(Path(f).read_text()) for f in files]
+    rows = [numbers(r) for r in loaded]
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    head = ['model', *columns]
+    body = [[r['model']['path'], *(f'{row[c]:.4f}' if c in row else '' for c in columns)]
+            for r, row in zip(loaded, rows)]
+    if not as_csv: return table(head, *body) + '\n'
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([head, *body])
+    return text.getvalue()
+
+
+def figure(title, xlabel, ylabel, lines, out, log_x=False):
+    """lines: {label: (xs, ys)}."""
+    try:
+        import matplotlib
+    except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4.2), dpi=150)
+    for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker='o', ms=4, lw=1.6, label=label)
+    if log_x:
+        ax.set_xscale('log')
+        ticks = sorted({x for xs, _ in lines.values() for x in xs})
+        ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+        ax.minorticks_off()
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.spines[['top', 'right']].set_visible(False)
+    if len(lines) > 1: ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out)
+    print(f"wrote {out}")
+
+
+def pass_at_k_curves(files, out):
+    """pass@k over k = 1..n of every task in the files that has at least two samples per problem."""
+    from benchmarks import pass_at_k
+    lines = {}
+    for f in files:
+        result = json.loads(Path(f).read_text())
+        n = result['config']['n_samples']
+        for task, r in result['results'].items():
+            if n > 1 and 'n_passed' in r:
+                ys = [sum(pass_at_k(n, c, k) for c in r['n_passed']) / len(r['n_passed']) for k in range(1, n + 1)]
+                lines[f"{result['model']['path']}, {task}"] = (list(range(1, n + 1)), ys)
+    if not lines: raise SystemExit("no task with executed programs and n_samples > 1 in these files")
+    figure('pass@k', 'k', 'share of problems', lines, out)
+
+
+def sweep_lines(result, metric):
+    """x: the first swept key; a line for every task and choice of the others. -> key, {label: (xs, ys)}"""
+    lines, first = {}, None
+    for name, r in result['results'].items():
+        task, *point = name.split(',')
+        values = r.get('average') or r
+        if not point or metric not in values: continue
+        key, x = point[0].split('=')
+        first = first or key
+        xs, ys = lines.setdefault(', '.join([task, *point[1:]]), ([], []))
+        xs.append(float(x) if x.replace('.', '', 1).isdigit() else x)
+        ys.append(values[metric])
+    if not lines: raise SystemExit(f"no sweep in this file has the metric {metric!r}")
+    return first, lines
+
+
 if __name__ == '__main__':
-    if sys.argv[1:] not in ([], ['--check']): raise SystemExit(__doc__.strip())
-    readme = HERE / 'README.md'
-    old = readme.read_text()
-    new = render(old)
-    if '--check' in sys.argv[1:]:
-        if old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")
-    else: readme.write_text(new)
+    check = False               # only compare README.md with results/
+    table_of = ''               # comma list of eval.py's results
+    pass_at_k = ''              # comma list of eval.py's results with n_samples > 1
+    sweep = ''                  # one result of eval.py --sweep
+    metric = 'pass@1'           # of the sweep: pass@1, pass@10, exact_match, gen_ppl, bits_per_byte, token_entropy, ...
+    out = ''                    # .md, .csv or .png
+    from configurator import configure
+    configure(globals(), quiet=True)
+    if (pass_at_k or sweep) and not out: raise SystemExit("a figure needs --out=x.png")
+    for file in filter(None, f'{table_of},{pass_at_k},{sweep}'.split(',')):
+        if not Path(file).is_file(): raise SystemExit(f"no such file: {file}")
+    if table_of:
+        text = results_table(table_of.split(','), out.endswith('.csv'))
+        if out: Path(out).write_text(text)
+        print(text, end='')
+    elif pass_at_k: pass_at_k_curves(pass_at_k.split(','), out)
+    elif sweep:
+        result = json.loads(Path(sweep).read_text())
+        key, lines = sweep_lines(result, metric)
+        figure(result['model']['path'], key, metric, lines, out, log_x=key == 'n_steps')
+    else:
+        readme = HERE / 'README.md'
+        old = readme.read_text()
+        new = render(old)
+        if not check: readme.write_text(new)
+        elif old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")

@@ -29,8 +29,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import benchmarks
 import checkpoint
 import data
+import eval as evaluation
 from configurator import configure, dump
 from model import ModelConfig, Transformer
 from muon import Muon
@@ -88,6 +90,10 @@ sample_steps = 96
 sample_temperature = 0.8
 sample_commit = 'ancestral'         # schedule, ancestral, threshold
 sample_score = 'random'             # confidence, margin, entropy, random
+tasks = ''                          # problems of eval.py to solve as well: humaneval,infill_single, ...
+tasks_every = 1                     # at every so many evaluations; with the sample_ settings
+tasks_limit = 0                     # the first so many problems of each; 0 = all
+execute_code = False                # run the generated programs, in the sandbox of sandbox.py
 log_interval = 10                   # steps
 log = ''                            # wandb or tensorboard, beside metrics.jsonl
 save_interval = 500                 # steps; 0 = only at the end
@@ -127,7 +133,9 @@ for wrong, why in (
          f"n_embd {n_embd} must be a multiple of n_head {n_head}, and that of n_kv_head {n_kv_head}"),
         (n_embd // n_head % 2, f"n_embd / n_head must be even, got {n_embd} / {n_head}"),
         (not 0 < t_min < 1, f"t_min must be between 0 and 1, got {t_min}"),
-        (min(log_interval, eval_draws) < 1, "log_interval and eval_draws must be at least 1"),
+        (min(log_interval, eval_draws, tasks_every) < 1, "log_interval, eval_draws and tasks_every must be at least 1"),
+        (unknown := set(tasks.split(',')) - {'', *benchmarks.TASKS},
+         f"tasks is a comma list of {', '.join(benchmarks.TASKS)}, got {', '.join(unknown)}"),
         (export_dtype not in ('bfloat16', 'float16', 'float32'),
          f"export_dtype must be bfloat16, float16 or float32, got {export_dtype!r}"),
         (push_to_hub and push_to_hub.count('/') != 1, f"push_to_hub must be user/name, got {push_to_hub!r}")):
@@ -168,9 +176,9 @@ if resume_from:
     state = json.loads((resume_from / 'state.json').read_text())
     start_step, evaluated, minutes_before = state['step'], state['evaluated'], state['minutes']
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
-    free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed
-        final_eval_rows val_split log_interval log save_interval keep_last export_dtype push_to_hub result
-        device compile deterministic out_dir data_dir'''.split())
+    free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
+        val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
+        export_dtype push_to_hub result device compile deterministic out_dir data_dir'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
     refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
@@ -322,6 +330,19 @@ def validation_bytes(n_rows):
     return sum(val_data.target_bytes(batch) for batch in val_data.eval_batches(n_rows, 64))
 
 
+def solve(step):
+    """Problems of eval.py: all ranks generate, rank 0 executes and records. Samples stay in out_dir."""
+    sampler = dict(n_steps=sample_steps, temperature=sample_temperature, commit=sample_commit, score=sample_score)
+    for task in tasks.split(','):
+        got = evaluation.benchmark(task, obj, tok, out / f'{task}-{step:06d}.jsonl', sampler=sampler, limit=tasks_limit,
+                                   max_new_tokens=sample_tokens or 128, execute_code=execute_code, device=device)
+        if not is_main: continue
+        numbers = {f'{task}_{k}': got[k] for k in ('pass@1', 'exact_match') if k in got}
+        say(f"step {step}: {task}, {got['n_problems']} problems: "
+            + (', '.join(f'{k} {v:.3f}' for k, v in numbers.items()) or "say --execute_code=true to run the programs"))
+        if numbers: record(step, **numbers)
+
+
 @torch.no_grad()
 def evaluate(step, n_rows, name='val'):
     """Validation with its own seed and uncompiled blocks; a sample; the best checkpoint. None if stopped."""
@@ -336,6 +357,8 @@ def evaluate(step, n_rows, name='val'):
             bound = '' if obj.name == 'ar' else '<= '
             say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
                 f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows)")
+        if tasks and name == 'val' and (step == max_iters or step // (eval_interval or 1) % tasks_every == 0):
+            solve(step)
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
                                 score=sample_score, temperature=sample_temperature, commit=sample_commit)

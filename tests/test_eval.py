@@ -1,7 +1,9 @@
 """The numbers of eval.py against brute force."""
 import ast
+import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks
 import checkpoint
 import data
 import eval as ev
+import tokenizer
 from mdm import MDM
 from model import ModelConfig, Transformer
 
@@ -64,6 +68,7 @@ def test_nll_counts_every_byte_once(run):
 @pytest.mark.parametrize('line,ok', [
     ('x = 1', True), ('    return x', True), ('for i in range(3):', True), ('else:', True), ('# a comment', True),
     ('except ValueError as e:', True), ('elif x:', True), ('def f(x, y=1):', True), ('yield 3', True),
+    ('@property', True), ('@', False),
     ('x = = 1', False), ('foo(', False), ('"unclosed', False)])
 def test_line_parses(line, ok): assert ev.line_parses(line) is ok
 
@@ -95,3 +100,206 @@ def test_command_writes_its_origin_and_refuses_unknown_tasks(run):
     assert r['commit'] and r['hardware'] and r['config']['draws'] == 1 and r['model']['objective'] == 'mdm'
     bad = subprocess.run([sys.executable, script, *args, '--tasks=nl'], capture_output=True, text=True)
     assert bad.returncode == 1 and "unknown task 'nl'" in bad.stderr and 'Traceback' not in bad.stderr
+
+
+# ---- problems ----------------------------------------------------------------------------------------------
+SAMPLER = dict(n_steps=2, temperature=0.8, top_k=0, top_p=1.0, commit='schedule', score='confidence', remask='none',
+               tau=0.9, block_len=0)
+
+
+def solve(run, file, task='infill_single', obj=None, **more):
+    settings = dict(sampler=SAMPLER, limit=4, lengths=['4', '8', 'oracle'], max_new_tokens=6, batch_size=3) | more
+    return ev.benchmark(task, obj or run[1], run[2], file, **settings)
+
+
+def records(file): return [json.loads(line) for line in Path(file).read_text().splitlines()[1:]]
+
+
+def without_times(file): return [{k: v for k, v in r.items() if 'seconds' not in k} for r in records(file)]
+
+
+def test_every_problem_sample_and_length_is_generated_once(run, tmp_path):
+    out = solve(run, tmp_path / 'a.jsonl', n_samples=2)
+    rows = records(tmp_path / 'a.jsonl')
+    tok, problems = run[2], {p.task_id: p for p in benchmarks.load('infill_single', limit=4)}
+    assert len({(r['task_id'], r['sample'], r['length']) for r in rows}) == len(rows) == out['n_samples'] == 4 * 2 * 3
+    for r in rows:
+        p = problems[r['task_id']]
+        assert r['n_new'] == (len(tok.encode(p.answer)) if r['length'] == 'oracle' else int(r['length']))
+        assert r['exact'] == benchmarks.exact_match(p, r['completion'])
+    assert out['by_length'].keys() == {'4', '8', 'oracle'} and 'exact_match' in out['average']
+
+
+def test_the_hole_gets_the_model_s_tokens_and_extraction_sees_nothing_else(run, tmp_path):
+    """A rigged model that knows the answers scores 1, in holes of the right length and after a prompt."""
+    root, mdm, tok = run
+    by_prompt = {tuple(tok.encode(p.prompt)): p for p in benchmarks.load('infill_single', limit=4)}
+
+    class Knows:
+        name, model = 'mdm', mdm.model
+
+        def infill(self, templates, seed, **_):
+            fill = lambda prefix, n, suffix: prefix + tok.encode(by_prompt[tuple(prefix)].answer)[:n] + suffix
+            return [fill(*t) for t in templates], 1
+    out = solve(run, tmp_path / 'a.jsonl', obj=Knows(), execute_code=True)
+    assert out['by_length']['oracle']['exact_match'] == out['by_length']['oracle']['pass@1'] == 1
+    assert out['average']['exact_match'] < 1 and out['by_length']['4']['pass@1'] < 1
+
+    class Continues:                                                # autoregressive: the prefix alone, too much text
+        name, model = 'ar', mdm.model
+
+        def sample(self, prompts, max_new_tokens, seed, **_):
+            answers = [tok.encode(by_prompt[tuple(p)].answer + 'garbage(') for p in prompts]
+            return [p + a for p, a in zip(prompts, answers)], 1
+    out = solve(run, tmp_path / 'b.jsonl', obj=Continues(), execute_code=True, max_new_tokens=200)
+    assert out['exact_match'] == out['pass@1'] == 1
+    assert {r['length'] for r in records(tmp_path / 'b.jsonl')} == {'prefix'}
+
+
+def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    whole = solve(run, tmp_path / 'whole.jsonl')
+    generate, calls = ev.generate, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return generate(*args)
+    monkeypatch.setattr(ev, 'generate', dies)
+    with pytest.raises(KeyboardInterrupt): solve(run, tmp_path / 'cut.jsonl')
+    with open(tmp_path / 'cut.jsonl.0', 'a') as f: f.write('{"task_id": "Singl')      # the kill cut it off
+    again = solve(run, tmp_path / 'cut.jsonl')
+    assert len(calls) == 3 + 4 - 2                                      # of four batches, two were done
+    assert without_times(tmp_path / 'cut.jsonl') == without_times(tmp_path / 'whole.jsonl')
+    assert again['by_length'] == whole['by_length']
+    with pytest.raises(SystemExit, match='another run.*seed 0 -> 1'): solve(run, tmp_path / 'cut.jsonl', seed=1)
+    assert len(calls) == 5 and not list(tmp_path.glob('*.jsonl.*'))
+
+
+def test_verdicts_are_kept_and_equal_programs_run_once(run, tmp_path, monkeypatch):
+    out = solve(run, tmp_path / 'a.jsonl', n_samples=2, execute_code=True, lengths=['oracle'])
+    assert out['pass@1'] == 0 and sum(out['statuses'].values()) == 8 and out['programs'] <= 8
+    monkeypatch.setattr(ev.sandbox, 'execute_many', lambda jobs, **_: pytest.fail('run again') if jobs else iter(()))
+    again = solve(run, tmp_path / 'a.jsonl', n_samples=2, execute_code=True, lengths=['oracle'])
+    assert again['statuses'] == out['statuses'] and again['executed'] == 0
+
+
+def test_canonical_solutions_pass_and_a_fixture_in_mbpp_s_schema(tmp_path):
+    for task, file in dict(humaneval='', mbpp=str(Path(__file__).parent / 'fixtures/mbpp_20.jsonl')).items():
+        out = ev.benchmark(task, None, None, tmp_path / f'{task}.jsonl', data=file, execute_code=True)
+        assert out['pass@1'] == 1, [r for r in records(tmp_path / f'{task}.jsonl') if not r['passed']]
+
+
+def test_summary_is_pass_at_k_over_problems():
+    rng = np.random.default_rng(0)
+    rows = [dict(task_id=t, passed=bool(rng.random() < 0.3), exact=False, status='') for t in 'abc' for _ in range(10)]
+    got = ev.summarise(rows)
+    share = [np.mean([r['passed'] for r in rows if r['task_id'] == t]) for t in 'abc']
+    assert got['pass@1'] == pytest.approx(np.mean(share)) and got['n_passed'] == [round(10 * s) for s in share]
+    assert got['pass@1_stderr'] == pytest.approx(np.std(share, ddof=1) / 3 ** 0.5)
+    assert got['pass@10'] == pytest.approx(np.mean([s > 0 for s in share])) and got['exact_match'] == 0
+    assert 'pass@10' not in ev.summarise(rows[:9])
+
+
+def test_perplexity_of_samples_is_that_of_the_scorer(run):
+    from ar import AR
+    _, mdm, tok = run
+    scorer = AR(copy.deepcopy(mdm.model), tok.mask_id, separator=tok.sep_id, eos_id=tok.eos_id)
+    texts = ['x = 1\n', 'def f(): pass', '']
+    got = ev.perplexity(scorer, tok, texts, 2, 'cpu')
+    nats = n = 0
+    for text in filter(None, texts):
+        ids = torch.tensor([[tok.sep_id, *tok.encode(text)]])
+        z = scorer.model(ids).index_fill(2, torch.tensor([tok.mask_id]), -torch.inf)[0, :-1].log_softmax(-1)
+        nats, n = nats - z.gather(1, ids[0, 1:, None]).sum().item(), n + ids.shape[1] - 1
+    assert got['n_tokens'] == n and got['gen_ppl'] == pytest.approx(math.exp(nats / n), rel=1e-5)
+    assert got['bits_per_byte'] == pytest.approx(nats / math.log(2) / len(''.join(texts)))
+    assert ev.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
+
+
+def test_grid_and_its_errors():
+    config = dict(temperature=0.8, n_steps=64, remask='p2')
+    assert ev.grid('', config) == [{}]
+    assert ev.grid('temperature=0.2,1;n_steps=8', config) == [dict(temperature=t, n_steps=8) for t in (0.2, 1.0)]
+    for bad, says in {'temp=1': 'key=value', 'n_steps=a': 'must be int', 'n_steps': 'key=value'}.items():
+        with pytest.raises(SystemExit, match=says): ev.grid(bad, config)
+
+
+def command(*args, processes=1, **more):
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')} | dict(OMP_NUM_THREADS='1')
+    return subprocess.run([*start, *map(str, args)], capture_output=True, text=True, env=env, **more)
+
+
+def test_two_processes_equal_one_and_a_sweep_is_one_file(run, tmp_path):
+    root, script = run[0], Path(ev.__file__)
+    args = [f'--out_dir={root}/run', f'--data_dir={root}/data', '--seq_len=32', '--draws=1', '--limit=3', '--n_steps=2',
+            '--max_new_tokens=4', '--batch_size=2', '--tasks=nll,infill_single', '--sweep=temperature=0.5,1.0']
+    for n in (1, 2):
+        done = command(script, *args, f'--result={tmp_path}/{n}.json', processes=n)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f'{n}.json').read_text())['results'] for n in (1, 2))
+    assert one.keys() == {f'{task},temperature={t}' for task in ('nll', 'infill_single') for t in (0.5, 1.0)}
+    for name in one:
+        if name.startswith('nll'): assert one[name] == pytest.approx(two[name])
+        else: assert one[name]['exact_match'] == two[name]['exact_match'] and one[name]['nfe'] == two[name]['nfe']
+    for t in (0.5, 1.0):
+        files = [tmp_path / f'{n}.infill_single,temperature={t}.jsonl' for n in (1, 2)]
+        assert without_times(files[0]) == without_times(files[1])
+    assert without_times(files[0]) != without_times(tmp_path / '1.infill_single,temperature=0.5.jsonl')
+
+
+def test_from_text_to_a_solved_problem(tmp_path):
+    """data -> train -> export -> sample -> eval from the export, with a task inside the training loop."""
+    here, export = Path(ev.__file__).parent, tmp_path / 'run/export'
+    (tmp_path / 'docs.jsonl').write_text(''.join(json.dumps(dict(text=f'x = {i}\n' * 9)) + '\n' for i in range(60)))
+    done = command(here / 'train.py', f'--dataset={tmp_path}/docs.jsonl', f'--data_dir={tmp_path}/data',
+                   '--tokenizer=bytes',
+                   '--n_layer=1', '--n_head=2', '--n_embd=16', '--n_ff=32', '--seq_len=64', '--global_batch_size=4',
+                   '--max_iters=4', '--eval_interval=2', '--eval_rows=2', '--tasks=infill_single', '--tasks_limit=2',
+                   '--tasks_every=2', '--execute_code=true', '--sample_tokens=4', '--sample_steps=2',
+                   '--log_interval=1', '--device=cpu', f'--out_dir={tmp_path}/run')
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()
+    solved = [json.loads(line) for line in lines if 'pass@1' in line]
+    assert [s['step'] for s in solved] == [0, 4] and solved[0]['infill_single_pass@1'] == 0
+    drawn = command(here / 'sample.py', f'--out_dir={export}', '--n=1', '--max_new_tokens=4', '--n_steps=2')
+    assert drawn.returncode == 0, drawn.stderr
+    done = command(here / 'eval.py', f'--out_dir={export}', '--tasks=humaneval,infill_single', '--limit=2',
+                   '--n_steps=2', '--max_new_tokens=4', '--execute_code=true', f'--result={tmp_path}/r.json')
+    assert done.returncode == 0, done.stderr
+    r = json.loads((tmp_path / 'r.json').read_text())
+    assert r['results']['humaneval']['pass@1'] == 0 and r['results']['infill_single']['n_problems'] == 2
+
+
+def test_a_checkpoint_like_open_dcoder_opens_with_the_readme_s_command(tmp_path):
+    """fredzzp/open-dcoder-0.5B: Qwen2, tied, more embedding rows than tokens, `<M>` as the tokenizer's mask token."""
+    transformers, tokenizers = pytest.importorskip('transformers'), pytest.importorskip('tokenizers')
+    ours = tokenizer.byte_tokenizer()
+    bpe = tokenizers.Tokenizer.from_str(ours.json.replace(tokenizer.MASK, '<M>'))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|endoftext|>', mask_token='<M>',
+                                              pad_token='<|endoftext|>')
+    hf.save_pretrained(tmp_path)
+    config = transformers.Qwen2Config(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    obj, tok = checkpoint.load_checkpoint(str(tmp_path), objective='mdm')
+    assert (obj.name, obj.shift, obj.mask_id, obj.separator) == ('mdm', True, hf.mask_token_id, None)
+    assert not obj.model.cfg.causal and tok.decode([hf.mask_token_id]) == ''
+    done = command(Path(ev.__file__), 'config/eval_infill.py', f'--out_dir={tmp_path}', '--objective=mdm', '--limit=2',
+                   '--tasks=infill_single', '--n_steps=2', '--execute_code=true', f'--result={tmp_path}/r.json')
+    assert done.returncode == 0, done.stderr
+    r = json.loads((tmp_path / 'r.json').read_text())
+    assert r['model']['shift'] and r['results']['infill_single']['average']['pass@1'] == 0
+    assert list(r['results']['infill_single']['by_length']) == ['4', '8', '16', '32', '64', 'oracle']
+
+
+@pytest.mark.parametrize('args,says', [
+    (['--tasks=gen_ppl'], 'needs --scorer'), (['--lengths=4,x'], 'lengths is a comma list'),
+    (['--sweep=batch_size=1,2'], 'sweep can vary'), (['--tasks=humaneval', '--data=nowhere.jsonl'], 'no such file'),
+    (['--tasks=humaneval,mbpp', '--data=x.jsonl'], 'one by one'), (['--canonical=true'], 'problems only'),
+    (['--out_dir=nowhere', '--tasks=humaneval'], 'nowhere')], ids=str)
+def test_a_wrong_input_ends_in_one_line(args, says):
+    done = command(Path(ev.__file__), *args)
+    assert done.returncode == 1 and says in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
