@@ -161,16 +161,20 @@ def is_infill(problem): return benchmarks.TASKS[problem.task].kind in ('lines', 
 
 def make_jobs(obj, tok, problems, n_samples, lengths, max_new_tokens):
     """One job per (problem, sample, length of the hole) -> dicts with the template that obj.infill or obj.sample fills,
-    of similar length next to each other. An autoregressive model sees the prefix alone: its length is 'prefix'."""
-    jobs = []
+    of similar length next to each other. An autoregressive model sees the prefix alone: its length is 'prefix'.
+
+    GPT-2's kind of tokenizer joins a line break and the blanks that follow in one token, so that after a prompt that
+    ends in a line break no indented line ever comes. There, what blanks the prompt ends in are left to the model."""
+    jobs, joins = [], tok.encode('\n    x') != tok.encode('\n') + tok.encode('    x')
     for p in problems:
-        prefix, suffix = tok.encode(p.prompt), tok.encode(p.suffix)
+        blanks = p.prompt[len(p.prompt.rstrip()):] if joins else ''
+        prefix, suffix = tok.encode(p.prompt.removesuffix(blanks)), tok.encode(p.suffix)
         if not is_infill(p): choices = {'': [prefix, max_new_tokens]}
         elif not hasattr(obj, 'infill'): choices = {'prefix': [prefix, max_new_tokens]}
         else:
-            oracle = max(len(tok.encode(p.answer)), 1)
+            oracle = max(len(tok.encode(blanks + p.answer)), 1)
             choices = {length: [prefix, oracle if length == 'oracle' else int(length), suffix] for length in lengths}
-        jobs += [dict(task_id=p.task_id, sample=i, length=length, template=template)
+        jobs += [dict(task_id=p.task_id, sample=i, length=length, template=template, blanks=blanks)
                  for length, template in choices.items() for i in range(n_samples)]
     size = lambda job: sum(part if isinstance(part, int) else len(part) for part in job['template'])
     return sorted(jobs, key=size)                                   # stable: the order is a function of the settings
@@ -188,7 +192,7 @@ def generate(obj, tok, jobs, sampler, seed):
     for job, row, (prefix, n, *_) in zip(jobs, rows, templates):
         new = row[len(prefix):len(prefix) + n]
         records.append({k: job[k] for k in ('task_id', 'sample', 'length')} | dict(
-            raw=tok.decode(new), n_new=len(new), nfe=nfe, seconds=round(seconds / len(jobs), 4)))
+            raw=tok.decode(new).removeprefix(job['blanks']), n_new=len(new), nfe=nfe, seconds=round(seconds / len(jobs), 4)))
     return records
 
 
@@ -266,7 +270,8 @@ def summarise(samples, ks=(1, 10)):
         for k in ks:
             if min(n for n, _ in counts) >= k:
                 out[f'pass@{k}'], out[f'pass@{k}_stderr'] = mean([benchmarks.pass_at_k(n, c, k) for n, c in counts])
-        out |= dict(n_passed=[c for _, c in counts], statuses=dict(Counter(s['status'] for s in samples)))
+        if len(samples) > len(counts): out['n_passed'] = [c for _, c in counts]         # for the curve over k
+        out['statuses'] = dict(Counter(s['status'] for s in samples))
     if 'exact' in samples[0]:
         exact = [np.mean([s['exact'] for s in group]) for group in by_problem.values()]
         out['exact_match'], out['exact_match_stderr'] = mean(exact)

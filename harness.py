@@ -7,8 +7,8 @@ that also makes `nll`: exact for AR, a Monte-Carlo bound (log p >=) for diffusio
 scores EOS: lm-eval asks for the text, not for its end.
 
 Noise is a function of (seed, number of the document in its task, position in the row), so the options of a
-question share it: their estimates err together, and their difference decides. It does not depend on batch size,
-order, limit or number of processes: rows are padded to a multiple of 32, not to the longest of their batch.
+question share it: their estimates err together, and their difference decides. It does not depend on batch
+size, order, limit or number of processes: rows are padded to a multiple of 32, not to the batch's longest.
 """
 import inspect
 import json
@@ -36,14 +36,14 @@ from model import scored_rows
 
 def evaluate(obj, tok, tasks, *, draws=8, seed=0, batch_size=16, limit=0, n_shot=-1, include_path='',
              greedy=True, seq_len=0, sampler=()):
-    """lm-eval's tasks (a list of names or globs) on obj -> a JSON-able dict: results (metrics and their standard
-    errors by task), groups, versions, n-shot, n-samples, higher_is_better, and how they were made. Under
-    torchrun the processes share the work, and rank 0 gets the results.
+    """lm-eval's tasks (a list of names or globs) on obj -> a JSON-able dict: results (metrics and standard errors
+    by task), groups, versions, n-shot, n-samples, higher_is_better, and how they were made. Under torchrun the
+    processes share the work, and rank 0 gets the results.
 
     draws: of noise per row (diffusion); limit: documents per task, 0 = all; n_shot: -1 = the task's own;
-    include_path: a directory with YAMLs of tasks; greedy=False leaves out `is_greedy`, which the acc of lambada
-    needs and multiple choice does not; seq_len: of a row, 0 = max_seq_len; sampler: dict of settings of
-    obj.sample, max_new_tokens (256) among them, where the task says nothing."""
+    include_path: a directory with YAMLs of tasks; greedy=False leaves out `is_greedy`, which the acc of
+    lambada needs and multiple choice does not; seq_len: of a row, 0 = max_seq_len; sampler: dict of settings
+    of obj.sample, max_new_tokens (256) among them, where the task says nothing."""
     if min(draws, batch_size) < 1 or limit < 0:
         raise SystemExit("draws and batch_size must be at least 1, limit at least 0")
     manager = TaskManager(include_path=include_path or None)
@@ -51,12 +51,13 @@ def evaluate(obj, tok, tasks, *, draws=8, seed=0, batch_size=16, limit=0, n_shot
     if unknown: raise SystemExit(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
     lm = Adapter(obj, tok, draws, seed, batch_size, greedy, seq_len, sampler)
     os.environ.setdefault('DISABLE_MULTIPROC', '1')             # no fork of a process that holds a GPU
-    out = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit or None,
-                          num_fewshot=n_shot if n_shot >= 0 else None, bootstrap_iters=1000, log_samples=False)
+    out = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, log_samples=False,
+                          limit=limit or None, num_fewshot=n_shot if n_shot >= 0 else None, bootstrap_iters=1000)
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples', 'higher_is_better')
-    return _plain({k: out[k] for k in kept if k in (out or {})}) | dict(        # None but on the first process
-        lm_eval=lm_eval.__version__, seed=seed, limit=limit, greedy=greedy, seq_len=lm.seq_len,
-        sampler=lm.sampler, estimator='exact' if obj.name == 'ar' else f'bound, count, {draws} draw(s) per row')
+    found = {k: out[k] for k in kept if k in out} if out else {}                # None but on the first process
+    return _plain(found) | dict(
+        lm_eval=lm_eval.__version__, seed=seed, limit=limit, greedy=greedy, seq_len=lm.seq_len, sampler=lm.sampler,
+        estimator='exact' if obj.name == 'ar' else f'bound, count, {draws} draw(s) per row')
 
 
 def _plain(x):
@@ -87,7 +88,7 @@ class Adapter(LM):
 
     @torch.no_grad()
     def _run(self, work, batches, what):
-        """work(batch) -> {key: result} of all batches together; processes take turns and share the results."""
+        """work(batch) -> {key: result} of all batches; processes take turns and share the results."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         done = {}
         for batch in tqdm(batches[rank::world], desc=f'lm_eval: {what}', disable=None if rank == 0 else True):
@@ -109,7 +110,7 @@ class Adapter(LM):
 
     def _document(self, context, continuation):
         """-> ids, how many of them are given. Blanks between the two belong to the continuation, and so does
-        a token that straddles them. In front is SEP; for want of one EOS, if nothing else is given (as lm-eval)."""
+        a token that straddles them. In front is SEP; without one EOS, if nothing else is given (as lm-eval)."""
         alone, ids = self.tok.encode(context.rstrip()), self.tok.encode(context + continuation)
         given = next((i for i, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
         front = [self.obj.separator] if self.obj.separator is not None else [] if given else [self.tok.eos_id]
@@ -117,7 +118,7 @@ class Adapter(LM):
 
     def _windows(self, ids, given):
         """-> [(ids, given)] that score ids[given:] once each: one row with as much context as fits. A longer
-        continuation takes several that overlap by one token, as in a corpus (lm-eval fills up the last one)."""
+        continuation takes several that overlap by one token, as in a corpus (lm-eval fills up the last)."""
         start = max(0, min(len(ids) - self.seq_len, given - 1))
         starts = range(start, len(ids) - 1, self.seq_len - 1) if given < len(ids) else ()
         return [(ids[s:s + self.seq_len], max(given - s, 1)) for s in starts]
@@ -147,8 +148,8 @@ class Adapter(LM):
     # -- generation --------------------------------------------------------------------------------------
 
     def generate_until(self, requests):
-        """-> [text before the first stop string]. Requests with equal settings go by length into fixed batches
-        with a seed each: samples are reproducible, but others with another batch_size (greedy ones are not)."""
+        """-> [text before the first stop string]. Requests with equal settings go by length into fixed batches,
+        each with a seed: samples are reproducible, but others with another batch_size (greedy ones are not)."""
         groups, batches = {}, []
         for i, r in enumerate(requests):
             groups.setdefault(json.dumps(r.args[1], sort_keys=True), []).append(i)
@@ -173,7 +174,7 @@ class Adapter(LM):
         return ids[max(len(ids) - (self.seq_len - n - has_sep), 0):]
 
     def _settings(self, task):
-        """A task's generation_kwargs -> stop strings, settings of obj.sample: the task's, ours for the rest."""
+        """A task's generation_kwargs -> stop strings, settings of obj.sample: the task's, else ours."""
         until, lengths = task.get('until') or [], ('max_gen_toks', 'max_new_tokens', 'max_tokens')
         known = inspect.signature(self.obj.sample).parameters.keys() - {'prompts', 'seed', 'history'}
         settings = self.sampler | {k: v for k, v in task.items() if k in known and v is not None}
@@ -181,7 +182,7 @@ class Adapter(LM):
         n = next((task[k] for k in lengths if task.get(k)), settings['max_new_tokens'])
         settings['max_new_tokens'] = min(int(n), self.seq_len // 2)
         if settings['max_new_tokens'] < n:
-            print(f"lm_eval: {n} new tokens asked for, {self.seq_len // 2} made: half a row is for the prompt")
+            print(f"lm_eval: {n} new tokens asked for, {self.seq_len // 2} made: half a row is the prompt's")
         if ignored := sorted(task.keys() - known - {'until', 'do_sample', *lengths}):
             print(f"lm_eval: our samplers have no {', '.join(ignored)}: ignored")
         return [s for s in ([until] if isinstance(until, str) else until) if s], settings
@@ -190,8 +191,8 @@ class Adapter(LM):
 @torch.no_grad()
 def writes_targets(obj, batch):
     """(B,) bool: are a row's targets what greedy decoding writes there? AR: the argmax at each of them, one
-    forward. Diffusion: `infill` at temperature 0, the most confident token first, one per forward; a row is out
-    at its first wrong token, so most cost a forward or two."""
+    forward. Diffusion: `infill` at temperature 0, the most confident token first, one per forward; a row is
+    out at its first wrong token, so most cost a forward or two."""
     B, T = batch.ids.shape
     right = torch.ones(B, dtype=torch.bool, device=batch.ids.device)
     if obj.name == 'ar':

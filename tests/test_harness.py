@@ -45,6 +45,7 @@ def alphabet(kind):
     model.embed_tokens.weight.data, model.lm_head.weight.data = torch.eye(D), torch.zeros(D, D)
     for a, b in itertools.pairwise('abcdefghijklmnopqrstuvwxyz'):
         model.lm_head.weight.data[TOK.encode(b)[0], TOK.encode(a)[0]] = 1.0     # times sqrt(D) after the norm
+    model.lm_head.weight.data[TOK.mask_id] = 2.0                        # it would rather write a mask, if it could
     ids = dict(separator=TOK.sep_id, eos_id=TOK.eos_id)
     return AR(model, TOK.mask_id, **ids) if kind == 'ar' else MDM(model, TOK.mask_id, shift=True, **ids)
 
@@ -205,7 +206,8 @@ def test_generation(kind, capsys):
     ask_for = lambda *prompts, **kw: lm.generate_until(ask('generate_until', *[(p, kw) for p in prompts]))
     assert ask_for('a', 'xa', 'b', until=['f'], max_gen_toks=8) == ['bcde', 'bcde', 'cde']
     assert ask_for('a', until='q', max_gen_toks=3) == ['bcd']
-    assert ask_for('a', until=['e', 'c', ''], max_gen_toks=8, do_sample=False, temperature=1.0) == ['b']
+    assert [g for _, g in log_p(lm, ('xa', 'bc'), ('xa', 'bd'), ('x ', 'abc'))] == [True, False, False]
+    assert ask_for('a', until=['e', 'c', ''], max_gen_toks=8, do_sample=False, temperature=9.0) == ['b']
     assert ask_for('z ' * 200 + 'a', max_gen_toks=3) == ['bcd']                 # the prompt loses its left
     assert len(ask_for('a', max_gen_toks=400, num_beams=2)[0]) == 48            # half of max_seq_len
     said = capsys.readouterr().out
