@@ -93,8 +93,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):
-        return K.rms_norm(x, self.weight, self.eps)
+    def forward(self, x, residual=None):
+        """The norm of x; with a residual, the norm of the sum and the sum."""
+        if residual is None: return K.rms_norm(x, self.weight, self.eps)
+        return K.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -104,14 +106,14 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.qkv_proj = nn.Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
     def forward(self, x, cos, sin, mask=None, causal=False, cache=None):
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, H + 2 Hkv, hd)
-        q, k, v = qkv.split(self.heads, 2)
-        q, k = K.rope(self.q_norm(q), cos, sin), K.rope(self.k_norm(k), cos, sin)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm else ()
+        q, k, v = K.rope_qkv(qkv, cos, sin, *self.heads[:2], *norms)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, H, T, hd)
         if cache is not None: k, v = cache.append(k, v)
         y = K.attention(q, k, v, mask, causal)
@@ -137,8 +139,9 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x, cos, sin, mask=None, causal=False, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
+        y, x = self.post_attention_layernorm(y, x)                              # norm of x + y, x + y
+        return x + self.mlp(y)
 
 
 class LayerCache:
