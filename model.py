@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels as K
 from tokenizer import gguf_path
@@ -162,6 +163,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.activation_checkpointing = False       # keep only the blocks' inputs, compute the rest again in backward
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -211,7 +213,9 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, block in enumerate(self.layers, 1):
-            x = block(x, cos, sin, mask, causal, cache[i - 1] if cache else None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, causal, use_reentrant=False, preserve_rng_state=False)
+            else: x = block(x, cos, sin, mask, causal, cache[i - 1] if cache else None)
             if i == upto: return x
             if tap and i < len(self.layers): tap(i, x)
         x = self.norm(x)

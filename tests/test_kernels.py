@@ -4,7 +4,6 @@ because it must be chosen before triton is imported. And, without any GPU, what 
 A kernel here gets odd sizes, strided inputs, buffers full of NaN instead of fresh ones, and a random gradient for
 every output; its inputs must be unchanged afterwards.
 """
-import math
 import os
 import re
 import subprocess
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cuda' if GPU else 'cpu'
 kernel = pytest.mark.skipif(not (GPU or INTERPRETED), reason='needs a GPU or the interpreter: a subprocess does it')
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason='needs a CUDA device')]
 DTYPES = [torch.float32, torch.bfloat16]
 TOL = {torch.float32: 1e-5, torch.bfloat16: 0.012 if GPU else 0.03}          # the interpreter truncates to bf16
 
@@ -59,7 +57,6 @@ def close(got, want, tol, what=''):
 def check(fn, ref, *inputs, tol=None, **settings):
     """Outputs and gradients of fn against those of ref in fp64; the tolerance is relative to the largest entry."""
     g = torch.Generator().manual_seed(1)
-    inputs = [x if x is None or not x.is_floating_point() else x.detach().requires_grad_(x.requires_grad) for x in inputs]
     exact = [x if x is None or not x.is_floating_point() else x.detach().double().requires_grad_(x.requires_grad)
              for x in inputs]
     before = [None if x is None else x.detach().clone() for x in inputs]
@@ -125,7 +122,7 @@ def test_rope_qkv(H, HKV, hd, normed, dtype, small):
     ref = lambda *x: K.rope_qkv_ref(*x[:3], H, HKV, *x[3:])
     q, k, v = check(fn, ref, qkv, cos, sin, *weights)
     assert torch.equal(v, qkv[:, :, H + HKV:]) and v.data_ptr() != qkv[:, :, H + HKV:].data_ptr()
-    if normed and dtype == torch.float32:                       # q and k as views of other shapes, as attention has them
+    if normed and dtype == torch.float32:                       # the gradients come in attention's layout
         y = torch.cat([x.transpose(1, 2) for x in fn(qkv, cos, sin, *weights)], 1)
         up = randn(*y.shape, seed=5, grad=False)
         want = torch.cat([x.transpose(1, 2) for x in ref(qkv, cos, sin, *weights)], 1)
@@ -201,7 +198,8 @@ def test_linear_cross_entropy_frozen_tied_and_empty(small):
     h, weight, y, a, _ = ce_inputs(1.0, False)
     _, ce = K.linear_cross_entropy(h, weight, y, a)
     close(ce, F.cross_entropy(h @ weight.T, y, reduction='none'), 1e-5)
-    full = torch.autograd.grad(K.linear_cross_entropy(h.requires_grad_(), weight.requires_grad_(), y, a)[0], (h, weight))
+    h.requires_grad_(), weight.requires_grad_()
+    full = torch.autograd.grad(K.linear_cross_entropy(h, weight, y, a)[0], (h, weight))
     assert torch.equal(torch.autograd.grad(K.linear_cross_entropy(h, weight.detach(), y, a)[0], h)[0], full[0])
     assert torch.equal(torch.autograd.grad(K.linear_cross_entropy(h.detach(), weight, y, a)[0], weight)[0], full[1])
     ids = y.flip(0)
@@ -229,3 +227,151 @@ def test_cosine_alignment(dtype, small):
         assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
     nothing = K.cosine_alignment(student, teacher, weights[:0], rows[:0], rows[:0])
     assert nothing == 0 and not torch.autograd.grad(nothing, student)[0].any()
+
+
+# -- glue ----------------------------------------------------------------------------------------------------
+
+
+@kernel
+@pytest.mark.parametrize('amp', [False, True], ids=['fp32', 'bf16'])
+def test_compile_and_checkpoint(amp, monkeypatch):
+    """A small model, end to end: kernels against references, and not a bit changes when every block is compiled (in
+    one graph), recomputed in the backward, or both."""
+    monkeypatch.undo()                                                          # no poison in compiled code
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16,
+                                    qk_norm=True, causal=False)).to(DEVICE)
+    ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
+            h = model.hidden(ids).flatten(0, 1)
+            loss, _ = K.linear_cross_entropy(h, model.head_weight, ids.flatten(), torch.full((10,), 0.1, device=DEVICE))
+        return torch.autograd.grad(loss, list(model.parameters()))
+    want = gradients()
+    monkeypatch.setattr(K, 'KERNELS', 'torch')
+    for a, b in zip(want, gradients()): assert (a - b).norm() < (0.06 if amp else 1e-5) * b.norm()
+    monkeypatch.undo()
+    model.activation_checkpointing = True
+    assert all(map(torch.equal, gradients(), want))
+    torch._dynamo.reset()
+    for block in model.layers: block.compile(dynamic=False, fullgraph=True, backend='inductor' if GPU else 'aot_eager')
+    for model.activation_checkpointing in (True, False):
+        for a, b in zip(gradients(), want): assert torch.equal(a, b) or GPU and (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason='is the interpreter, or does better than it')
+def test_in_the_interpreter():
+    """Everything marked `kernel` above, in a process whose triton interprets."""
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', __file__], cwd=ROOT,
+                          env=os.environ | dict(TRITON_INTERPRET='1', KERNELS='triton'), capture_output=True, text=True)
+    assert done.returncode == 0 and ' passed' in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason='asks for what the interpreter has')
+def test_which_path(monkeypatch):
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    assert K.active('cpu') == 'torch (no Triton on cpu)' and K.rms_norm(x.double(), weight, 1e-6).dtype == torch.float64
+    monkeypatch.setattr(K, 'KERNELS', 'triton')
+    with pytest.raises(SystemExit, match='KERNELS=triton on cpu needs TRITON_INTERPRET=1'): K.rms_norm(x, weight, 1e-6)
+    monkeypatch.setattr(K, 'INTERPRET', True)
+    with pytest.raises(SystemExit, match='the kernels compute in fp32, not torch.float64: KERNELS=torch does'):
+        K.rms_norm(x.double(), weight, 1e-6)
+    with pytest.raises(SystemExit, match='rows of 20000 numbers do not fit'): K._row_block(20_000)
+    monkeypatch.setattr(K, 'KERNELS', 'torch')
+    assert K.active('cpu') == 'torch (KERNELS=torch)'
+    with pytest.raises(AssertionError, match='weight.shape'): K.rms_norm(x, weight[:4], 1e-6)
+
+
+# -- what the compiler makes of them -------------------------------------------------------------------------
+
+ROW = K._row_block(896) if K.triton.__version__ else {}
+SHAPES = [                                                                      # Qwen2.5-0.5B, and Qwen3's head width
+    ('_rms_norm_fwd', dict(eps=1e-6, ADD=True) | ROW), ('_rms_norm_bwd', dict(ADD=True) | ROW),
+    ('_rope_fwd', dict(eps=1e-6, NORM=True), (14, 2, 64)), ('_rope_bwd', dict(NORM=True), (14, 2, 64)),
+    ('_rope_bwd', dict(NORM=True), (16, 8, 128)),
+    ('_swiglu_fwd', dict(F=4864) | K.SWIGLU), ('_swiglu_bwd', dict(F=4864) | K.SWIGLU),
+    ('_ce_rows', dict(HAS_B=True, GRAD=True, V=151936) | K.CE_ROWS),
+    ('_cosine_fwd', dict(eps=1e-6) | ROW), ('_cosine_bwd', dict(eps=1e-6) | ROW),
+    ('_modulate_fwd', dict(eps=1e-6) | ROW), ('_modulate_bwd', ROW), ('_gated_add_fwd', ROW), ('_gated_add_bwd', ROW)]
+TYPES = {'*fp32': 'weight rstd cos sin q_weight k_weight dw a b ce w saved loss weights g dscale dshift dgate',
+         '*i64': 'targets rows teacher_rows', 'i32': 'n_rows n_tokens skip_col T n'}           # others: *bf16
+TYPES = {arg: kind for kind, args in TYPES.items() for arg in args.split()}
+
+
+@pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
+@pytest.mark.parametrize('capability, shared_memory', [(90, 227 << 10), (80, 163 << 10)], ids=['H100', 'A100'])
+def test_compiles_without_spills(capability, shared_memory, tmp_path):
+    """For a GPU that need not be here: registers suffice, shared memory too, and bf16 moves 16 bytes at a time."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    cuobjdump = Path(K.triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    for name, constants, *heads in SHAPES:
+        if heads: constants = constants | K._rope_grid(1, 1, *heads[0])[1]
+        fn, warps = getattr(K, name), constants['num_warps']
+        types = [('constexpr' if arg in constants else TYPES.get(arg, '*bf16')) for arg in fn.arg_names]
+        source = ASTSource(
+            fn, dict(zip(fn.arg_names, types)),
+            {(i,): constants[arg] for i, arg in enumerate(fn.arg_names) if arg in constants},
+            {(i,): [['tt.divisibility', 16]] for i, kind in enumerate(types) if kind[0] == '*'})
+        done = K.triton.compile(source, GPUTarget('cuda', capability, 32), dict(num_warps=warps))
+        (tmp_path / 'cubin').write_bytes(done.asm['cubin'])
+        usage = subprocess.run([cuobjdump, '-res-usage', tmp_path / 'cubin'], capture_output=True, text=True).stdout
+        usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
+        assert usage['STACK'] == usage['LOCAL'] == 0 and usage['REG'] * warps * 32 <= 65536, f"{name} {usage}"
+        assert done.metadata.shared <= shared_memory, f"{name} {done.metadata.shared}"
+        for way in ('ld', 'st'):
+            assert f'{way}.global.v4.b32' in done.asm['ptx'] or (name, way) == ('_cosine_fwd', 'st'), f"{name} {way}"
+
+
+# -- at full size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_offsets_beyond_int32():
+    """N V = 2.5e9 logits in one chunk: the last rows are as right as the first."""
+    N, D, V = 16_512, 64, 151_936
+    h, weight = randn(N, D, dtype=torch.bfloat16), randn(V, D, seed=1, scale=0.1)
+    y, a = torch.arange(N, device=DEVICE), torch.full((N,), 1 / N, device=DEVICE)
+    loss, ce = K.linear_cross_entropy(h, weight, y, a, skip_col=V - 1, chunk=N)
+    dh, dweight = torch.autograd.grad(loss, (h, weight))
+    few = torch.cat([torch.arange(64), torch.arange(N - 64, N)]).to(DEVICE)
+    exact = [t.detach().double().requires_grad_() for t in (h[few], weight)]
+    want, rows = K.linear_cross_entropy_ref(*exact, y[few], a[few].double(), None, V - 1)
+    close(ce[few], rows, 0.01)
+    close(dh[few], torch.autograd.grad(want, exact[0])[0], 0.03)
+    assert dweight.isfinite().all() and not dweight[V - 1].any() and loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_full_width_and_the_same_bits_twice():
+    """The shapes of a 0.5B model, more rows than programs; no order of summation is left to chance."""
+    B, T = 4, 1024
+    x, r = (randn(B, T, 896, seed=i, dtype=torch.bfloat16) for i in (0, 1))
+    weight = (1 + randn(896, seed=2, grad=False)).requires_grad_()
+    cos, sin = K.rope_tables(torch.arange(T, device=DEVICE).expand(B, T), 64, 1e6)
+    qkv = randn(B, T, 18, 64, dtype=torch.bfloat16)
+    norms = [(1 + randn(64, seed=i, grad=False)).requires_grad_() for i in (1, 2)]
+    scale, shift, gate = (randn(B, 896, seed=i, dtype=torch.bfloat16) for i in (3, 4, 5))
+    h, head = randn(500, 896, dtype=torch.bfloat16), randn(151_936, 896, seed=1, scale=0.02)
+    y, a = torch.arange(500, device=DEVICE), torch.full((500,), 0.1, device=DEVICE)
+    rows = torch.randperm(B * T, generator=torch.Generator().manual_seed(0))[:2000].to(DEVICE)
+    cases = [(lambda *t: K.add_rms_norm(*t, 1e-6), lambda *t: K.add_rms_norm_ref(*t, 1e-6), (x, r, weight)),
+             (lambda *t: K.rope_qkv(*t[:3], 14, 2, *t[3:]), lambda *t: K.rope_qkv_ref(*t[:3], 14, 2, *t[3:]),
+              (qkv, cos, sin, *norms)),
+             (K.swiglu, K.swiglu_ref, (randn(B, T, 2 * 4864, dtype=torch.bfloat16),)),
+             (K.modulate, K.modulate_ref, (x, scale, shift)), (K.gated_add, K.gated_add_ref, (x, r, gate)),
+             (lambda *t: K.cosine_alignment(*t, torch.ones(2000, device=DEVICE, dtype=torch.float32), rows, rows),
+              lambda *t: K.cosine_alignment_ref(*t, 1.0, rows, rows), (x.flatten(0, 1), r.detach().flatten(0, 1))),
+             (lambda *t: K.linear_cross_entropy(*t, y, a, chunk=200)[0],
+              lambda *t: K.linear_cross_entropy_ref(*t, y, a)[0], (h, head))]
+    for fn, ref, inputs in cases:
+        check(fn, ref, *inputs)
+        leaves, twice = [t for t in inputs if t.requires_grad], []
+        for _ in range(2):
+            out = fn(*inputs)
+            out = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)))
+            twice.append(torch.autograd.grad(out, leaves))
+        assert all(map(torch.equal, *twice))
