@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x, residual=None):
-        """The norm of x; with a residual, the norm of the sum and the sum."""
+        """The norm of x; with a residual, the norm of the sum, and the sum."""
         if residual is None: return K.rms_norm(x, self.weight, self.eps)
         return K.add_rms_norm(x, residual, self.weight, self.eps)
 
@@ -139,10 +139,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, mask=None, causal=False, cache=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
-        y, x = self.post_attention_layernorm(y, x)                              # norm of x + y, x + y
-        return x + self.mlp(y)
+    def forward(self, x, delta, cos, sin, mask=None, causal=False, cache=None):
+        """The residual stream is x + delta (delta None: x). Every sum is formed inside the norm that follows it, so
+        what comes out is again a pair: the last sum is left to the next block."""
+        if delta is None: y = self.input_layernorm(x)
+        else: y, x = self.input_layernorm(delta, x)
+        y = self.self_attn(y, cos, sin, mask, causal, cache)
+        y, x = self.post_attention_layernorm(y, x)
+        return x, self.mlp(y)
 
 
 class LayerCache:
@@ -212,13 +216,16 @@ class Transformer(nn.Module):
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
+        delta = None if tap else torch.zeros_like(x)            # one kind per run: one graph of a compiled block
         for i, block in enumerate(self.layers, 1):
+            args = (x, delta, cos, sin, mask, causal)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, causal, use_reentrant=False, preserve_rng_state=False)
-            else: x = block(x, cos, sin, mask, causal, cache[i - 1] if cache else None)
-            if i == upto: return x
+                x, delta = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else: x, delta = block(*args, cache[i - 1] if cache else None)
+            if i == upto: return x + delta
+            if tap: x, delta = x + delta, None
             if tap and i < len(self.layers): tap(i, x)
-        x = self.norm(x)
+        x = self.norm(x) if delta is None else self.norm(delta, x)[0]
         if tap: tap(len(self.layers), x)
         return x
 
