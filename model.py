@@ -216,7 +216,8 @@ class Transformer(nn.Module):
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
-        delta = None if tap else torch.zeros_like(x)            # one kind per run: one graph of a compiled block
+        # The first pair (x, 0) is of the same kind as the later ones, so that one graph serves all compiled blocks.
+        delta = None if tap else torch.zeros_like(x).requires_grad_(x.requires_grad)
         for i, block in enumerate(self.layers, 1):
             args = (x, delta, cos, sin, mask, causal)
             if self.activation_checkpointing and torch.is_grad_enabled():
