@@ -1,17 +1,87 @@
-"""The arithmetic that decides the speed, in plain PyTorch so far: each section has its mathematics and one public
-function, with a separate reference `foo_ref` where that is not the function itself. Nothing here knows models.
+"""The arithmetic that decides the speed: Triton kernels, each beside its reference. Nothing here knows models.
 
     ranges        which keys a query sees: documents, padding, causal order, two ranges for block diffusion
     attention     scaled dot-product attention over those ranges
-    rms_norm, rope, swiglu
+    rms_norm      with the residual add fused in
+    rope_qkv      rotary positions (and Qwen3's QK-norm) on the fused q|k|v
+    swiglu        on the fused gate|up
     linear_cross_entropy   the loss at the masked rows, logits never larger than a chunk
+    cosine_alignment       student against teacher, at selected rows
+    modulate, gated_add    adaLN of a diffusion transformer
     unmask        from logits to candidate tokens, for the samplers
+
+A section reads: the mathematics and what is saved; `foo_ref`, plain PyTorch and the specification; the Triton
+kernels; the glue to autograd; the public `foo`. All but linear algebra is bound by memory: count the bytes.
+
+    KERNELS=torch|triton    default: Triton on CUDA, the references elsewhere. TRITON_INTERPRET=1 KERNELS=triton
+                            runs the kernels on a CPU, thousands of times slower: only for tests.
 """
+import functools
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                     # macOS, Windows: only the references
+    class tl: constexpr = None
+    class triton: jit, __version__ = staticmethod(lambda fn: fn), None
+
+KERNELS, INTERPRET = os.environ.get('KERNELS', ''), os.environ.get('TRITON_INTERPRET') == '1'
+if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be torch or triton, got {KERNELS!r}")
+
+
+def active(device) -> str:
+    """In words, which path the functions below take on this device."""
+    if _runs_triton(torch.empty(0, device=device)): return f'Triton {triton.__version__} (KERNELS=torch: without)'
+    return 'torch (KERNELS=torch)' if KERNELS == 'torch' else f'torch (no Triton on {torch.device(device).type})'
+
+
+def _runs_triton(x: Tensor) -> bool:
+    """Never a silent fallback on a GPU: what Triton cannot do there is an error."""
+    if KERNELS == 'torch' or x.device.type != 'cuda' and KERNELS != 'triton': return False
+    if triton.__version__ is None: raise SystemExit("Triton is not installed: pip install triton, or KERNELS=torch")
+    if x.device.type != 'cuda' and not INTERPRET:
+        raise SystemExit(f"KERNELS=triton on {x.device.type} needs TRITON_INTERPRET=1, which is for tests")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise SystemExit(f"the kernels compute in fp32, not {x.dtype}: KERNELS=torch does")
+    return True
+
+
+def _fp32(x: Tensor) -> Tensor:
+    """The references compute in fp32, and in fp64 when they are the oracle."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _op(fake):
+    """Makes an operator of a function that launches kernels: torch.compile sees one node and does not look inside;
+    `fake` returns its outputs' shapes. It costs 15 us of Python per call more than an autograd.Function, and composes
+    with everything. What runs outside compiled blocks (the losses) is an autograd.Function."""
+    def register(launch):
+        @functools.wraps(launch)
+        def checked(*args):
+            for x in args: assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
+            return launch(*args)
+        op = torch.library.custom_op('dlm::' + launch.__name__.strip('_'), checked, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return register
+
+
+def _row_block(D: int) -> dict:
+    """A row of D columns in one program: 8 numbers per thread are a load of 16 bytes in bf16."""
+    if D > 16384: raise SystemExit(f"rows of {D} numbers do not fit in the registers (16384 do): KERNELS=torch")
+    block = max(triton.next_power_of_2(D), 32)
+    return dict(D=D, BLOCK=block, num_warps=min(max(block // 256, 1), 16))
+
+
+# Kernels that sum over rows (a gradient of a weight) run so many programs at most; each sums its rows in registers
+# and writes one partial sum. No atomics: the same bits every time, and on cards of any size.
+PROGRAMS = 1024
 
 # ---------------------------------------------------------------------------------------------------------
 # ranges: query i of row b sees the keys j with start <= j < end for (start, end) in by_query[b, i]; by_key is
@@ -69,18 +139,123 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
 
 
 # ---------------------------------------------------------------------------------------------------------
-# rms_norm: y = w * x / sqrt(mean(x^2) + eps); statistics in fp32, rounded before the weight as Hugging Face does.
+# rms_norm: s = x + residual (or x);  n = s / sqrt(mean(s^2) + eps);  y = w n
+#
+# Saved: s, which the residual stream needs anyway, and rstd = 1 / sqrt(...), one fp32 per row. With dn = w dy and ds,
+# the gradient that reaches s from where the stream goes on:
+#
+#     dx = dresidual = ds + rstd (dn - n mean(dn n)),   dw = sum over rows of dy n
+#
+# Fused, add and norm move 4 numbers per element each way (forward: x, residual -> s, y), alone 5 and 6. Statistics in
+# fp32; s and n are rounded to x's dtype before they are used on, as Hugging Face does.
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D) in x's dtype."""
-    h = x.float()
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    h = _fp32(x)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * h.to(x.dtype)
 
 
+def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    s = x + residual
+    return rms_norm_ref(s, weight, eps), s
+
+
+@triton.jit
+def _rms_norm_fwd(x, residual, weight, y, s, rstd, eps: tl.constexpr, ADD: tl.constexpr,
+                  D: tl.constexpr, BLOCK: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at = cols < D, row * D + cols
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(residual + at, inside, 0.0).to(tl.float32)
+        v = v.to(s.dtype.element_ty).to(tl.float32)
+        tl.store(s + at, v, inside)
+    r = 1 / tl.sqrt(tl.sum(v * v) / D + eps)
+    tl.store(rstd + row, r)
+    n = (v * r).to(y.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + cols, inside, 0.0).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, n * w, inside)
+
+
+@triton.jit
+def _rms_norm_bwd(dy, ds, s, weight, rstd, dx, dw, n_rows, ADD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    first, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = cols < D
+    w = tl.load(weight + cols, inside, 0.0).to(dy.dtype.element_ty).to(tl.float32)
+    dw_sum = tl.zeros((BLOCK,), tl.float32)
+    for row in range(first, n_rows, tl.num_programs(0)):
+        at = row * D + cols
+        g = tl.load(dy + at, inside, 0.0).to(tl.float32)
+        r = tl.load(rstd + row)
+        n = tl.load(s + at, inside, 0.0).to(tl.float32) * r
+        dn = g * w
+        d = (dn - n * (tl.sum(dn * n) / D)) * r
+        if ADD: d += tl.load(ds + at, inside, 0.0).to(tl.float32)
+        tl.store(dx + at, d, inside)
+        dw_sum += g * n.to(dy.dtype.element_ty).to(tl.float32)
+    tl.store(dw + first * D + cols, dw_sum, inside)
+
+
+@_op(lambda x, residual, weight, eps: (
+    torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x),
+    x.new_empty(len(x), dtype=torch.float32)))
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)         # x (N, D)
+    s = x.new_empty(0) if residual is None else torch.empty_like(x)
+    if len(x): _rms_norm_fwd[(len(x),)](x, residual, weight, y, s, rstd, eps, residual is not None,
+                                        **_row_block(x.shape[1]))
+    return y, s, rstd
+
+
+@_op(lambda dy, ds, s, weight, rstd: (torch.empty_like(s), torch.empty_like(weight)))
+def _rms_norm_grad(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    n_rows, D = s.shape
+    dx, dw = torch.empty_like(s), s.new_empty(min(n_rows, PROGRAMS), D, dtype=torch.float32)
+    if n_rows: _rms_norm_bwd[(len(dw),)](dy, ds, s, weight, rstd, dx, dw, n_rows, ds is not None, **_row_block(D))
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+def _rms_norm_save(ctx, inputs, output):
+    x, residual, weight, _ = inputs
+    ctx.fused = residual is not None
+    ctx.save_for_backward(output[1] if ctx.fused else x, weight, output[2])
+
+
+def _rms_norm_backward(ctx, dy, ds, _):
+    dx, dw = _rms_norm_grad(dy.contiguous(), ds.contiguous() if ctx.fused else None, *ctx.saved_tensors)
+    return dx, dx if ctx.fused else None, dw, None
+
+
+_rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_save)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D), weight (D,) -> (..., D) in x's dtype."""
+    assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
+    if not _runs_triton(x): return rms_norm_ref(x, weight, eps)
+    return _rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, eps)[0].view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + residual: (rms_norm(s), s). x and residual (..., D) of one dtype."""
+    assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
+    assert (residual.shape, residual.dtype) == (x.shape, x.dtype), f"{x.shape=} {residual.shape=} {residual.dtype=}"
+    if not _runs_triton(x): return add_rms_norm_ref(x, residual, weight, eps)
+    rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
+    y, s, _ = _rms_norm(*rows, weight, eps)
+    return y.view(x.shape), s.view(x.shape)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# rope: rotate the pairs (x_i, x_{i + hd/2}) by pos * theta^(-2i/hd) (RoFormer 2104.09864, Llama's half layout).
+# rope: rotate the pairs (x_i, x_{i + hd/2}) of every query and key head by pos * theta^(-2i/hd) (RoFormer 2104.09864,
+# Llama's half layout), after Qwen3's RMSNorm per head where there is one.
+#
+# One launch reads the projection's output q|k|v and writes q, k and v apart. Out of place: v is copied (a tenth of
+# the bytes with grouped queries), but attention keeps q, k, v and the projection's output is free at once. In place,
+# one buffer would serve both, and whoever else held it would see it change. A rotation's backward is the rotation
+# by -pos: saved are cos and sin, which all layers share. With norms also the input and an rstd per head: x cannot be
+# had back from w n when w is near 0. All of it in fp32, rounded once.
 
 
 def rope_tables(pos: Tensor, head_dim: int, theta: float, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,14 +272,202 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
+def rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight=None, k_weight=None, eps=1e-6):
+    q, k, v = qkv.split([n_head, n_kv_head, n_kv_head], 2)
+    q, k = (x if w is None else rms_norm_ref(x, w, eps) for x, w in ((q, q_weight), (k, k_weight)))
+    return rope(q, cos, sin), rope(k, cos, sin), v
+
+
+@triton.jit
+def _rope_fwd(qkv, cos, sin, q_weight, k_weight, q, k, v, rstd, n_tokens, eps: tl.constexpr, NORM: tl.constexpr,
+              H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    head = tl.program_id(0) % (H + 2 * HKV)                             # neighbours: other heads of the same tokens
+    t = (tl.program_id(0) // (H + 2 * HKV)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, HALF)
+    inside = (t < n_tokens)[:, None] & (i < HD // 2)[None, :]
+    at = (t[:, None] * (H + 2 * HKV) + head) * HD + i[None, :]
+    x1 = tl.load(qkv + at, inside, 0.0).to(tl.float32)                  # (BLOCK, HALF)
+    x2 = tl.load(qkv + at + HD // 2, inside, 0.0).to(tl.float32)
+    if head < H + HKV:
+        if NORM:
+            r = 1 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / HD + eps)
+            tl.store(rstd + t * (H + HKV) + head, r, t < n_tokens)
+            w = q_weight if head < H else k_weight
+            x1 *= r[:, None] * tl.load(w + i, i < HD // 2, 0.0).to(tl.float32)[None, :]
+            x2 *= r[:, None] * tl.load(w + HD // 2 + i, i < HD // 2, 0.0).to(tl.float32)[None, :]
+        angle = t[:, None] * (HD // 2) + i[None, :]
+        c, s = tl.load(cos + angle, inside, 0.0), tl.load(sin + angle, inside, 0.0)
+        x1, x2 = x1 * c - x2 * s, x2 * c + x1 * s
+    if head < H: to = q + (t[:, None] * H + head) * HD + i[None, :]
+    elif head < H + HKV: to = k + (t[:, None] * HKV + head - H) * HD + i[None, :]
+    else: to = v + (t[:, None] * HKV + head - H - HKV) * HD + i[None, :]
+    tl.store(to, x1, inside)
+    tl.store(to + HD // 2, x2, inside)
+
+
+@triton.jit
+def _rope_bwd(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, rstd, dqkv, dw, n_tokens, NORM: tl.constexpr,
+              H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    head, block = tl.program_id(0) % (H + 2 * HKV), tl.program_id(0) // (H + 2 * HKV)
+    t, i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HALF)
+    half = i < HD // 2
+    inside = (t < n_tokens)[:, None] & half[None, :]
+    if head < H: frm = dq + (t[:, None] * H + head) * HD + i[None, :]
+    elif head < H + HKV: frm = dk + (t[:, None] * HKV + head - H) * HD + i[None, :]
+    else: frm = dv + (t[:, None] * HKV + head - H - HKV) * HD + i[None, :]
+    g1 = tl.load(frm, inside, 0.0).to(tl.float32)
+    g2 = tl.load(frm + HD // 2, inside, 0.0).to(tl.float32)
+    at = (t[:, None] * (H + 2 * HKV) + head) * HD + i[None, :]
+    if head < H + HKV:
+        angle = t[:, None] * (HD // 2) + i[None, :]
+        c, s = tl.load(cos + angle, inside, 0.0), tl.load(sin + angle, inside, 0.0)
+        g1, g2 = g1 * c + g2 * s, g2 * c - g1 * s                       # back by the same angle
+        if NORM:                                                        # as in _rms_norm_bwd, in two halves
+            r = tl.load(rstd + t * (H + HKV) + head, t < n_tokens, 0.0)[:, None]
+            n1 = tl.load(qkv + at, inside, 0.0).to(tl.float32) * r
+            n2 = tl.load(qkv + at + HD // 2, inside, 0.0).to(tl.float32) * r
+            part = dw + (block.to(tl.int64) * (H + HKV) + head) * HD + i
+            tl.store(part, tl.sum(g1 * n1, 0), half)
+            tl.store(part + HD // 2, tl.sum(g2 * n2, 0), half)
+            w = q_weight if head < H else k_weight
+            g1 *= tl.load(w + i, half, 0.0).to(tl.float32)[None, :]
+            g2 *= tl.load(w + HD // 2 + i, half, 0.0).to(tl.float32)[None, :]
+            mean = ((tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / HD)[:, None]
+            g1, g2 = (g1 - n1 * mean) * r, (g2 - n2 * mean) * r
+    tl.store(dqkv + at, g1, inside)
+    tl.store(dqkv + at + HD // 2, g2, inside)
+
+
+def _rope_grid(B, T, H, HKV, hd):
+    """BLOCK tokens of one head per program, 1024 pairs."""
+    half = triton.next_power_of_2(hd // 2)
+    block = max(1024 // half, 1)
+    return triton.cdiv(B * T, block), dict(H=H, HKV=HKV, HD=hd, HALF=half, BLOCK=block, num_warps=4)
+
+
+@_op(lambda qkv, cos, sin, q_weight, k_weight, H, HKV, eps: (
+    *(qkv.new_empty(*qkv.shape[:2], n, qkv.shape[3]) for n in (H, HKV, HKV)),
+    qkv.new_empty((0,) if q_weight is None else (*qkv.shape[:2], H + HKV), dtype=torch.float32)))
+def _rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+              H: int, HKV: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, _, hd = qkv.shape
+    q, k, v = (qkv.new_empty(B, T, n, hd) for n in (H, HKV, HKV))
+    rstd = qkv.new_empty((0,) if q_weight is None else (B, T, H + HKV), dtype=torch.float32)
+    n_blocks, shape = _rope_grid(B, T, H, HKV, hd)
+    if n_blocks: _rope_fwd[(n_blocks * (H + 2 * HKV),)](qkv, cos, sin, q_weight, k_weight, q, k, v, rstd, B * T, eps,
+                                                        q_weight is not None, **shape)
+    return q, k, v, rstd
+
+
+@_op(lambda dq, dk, dv, cos, sin, qkv, q_weight, k_weight, rstd: (
+    dq.new_empty(*dq.shape[:2], dq.shape[2] + 2 * dk.shape[2], dq.shape[3]),
+    *(cos.new_empty(0 if w is None else len(w)) for w in (q_weight, k_weight))))
+def _rope_qkv_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, qkv: Tensor | None,
+                   q_weight: Tensor | None, k_weight: Tensor | None,
+                   rstd: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, hd), HKV = dq.shape, dk.shape[2]
+    n_blocks, shape = _rope_grid(B, T, H, HKV, hd)
+    dqkv = dq.new_empty(B, T, H + 2 * HKV, hd)
+    dw = cos.new_empty(n_blocks, H + HKV, hd if qkv is not None else 0)             # a partial sum per program
+    if n_blocks: _rope_bwd[(n_blocks * (H + 2 * HKV),)](dq, dk, dv, qkv, cos, sin, q_weight, k_weight, rstd, dqkv, dw,
+                                                        B * T, qkv is not None, **shape)
+    return dqkv, dw[:, :H].sum((0, 1)), dw[:, H:].sum((0, 1))
+
+
+def _rope_qkv_save(ctx, inputs, output):
+    qkv, cos, sin, q_weight, k_weight, *_ = inputs
+    normed = q_weight is not None
+    ctx.save_for_backward(cos, sin, *((qkv, q_weight, k_weight, output[3]) if normed else ()))
+
+
+def _rope_qkv_backward(ctx, dq, dk, dv, _):
+    cos, sin, *normed = ctx.saved_tensors
+    dqkv, dqw, dkw = _rope_qkv_grad(dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin,
+                                    *(normed or [None] * 4))
+    dqw, dkw = (dqw.to(normed[1].dtype), dkw.to(normed[2].dtype)) if normed else (None, None)
+    return dqkv, None, None, dqw, dkw, None, None, None
+
+
+_rope_qkv.register_autograd(_rope_qkv_backward, setup_context=_rope_qkv_save)
+
+
+def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, q_weight: Tensor | None = None,
+             k_weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, H + 2 Hkv, hd), the heads of q, k, v one after the other; cos, sin (B, T, hd/2) fp32; q_weight and
+    k_weight (hd,): norms before the rotation, both or none. Returns q (B, T, H, hd), k and v (B, T, Hkv, hd)."""
+    B, T, heads, hd = qkv.shape
+    assert heads == n_head + 2 * n_kv_head and hd % 2 == 0, f"{qkv.shape=} {n_head=} {n_kv_head=}"
+    assert cos.shape == sin.shape == (B, T, hd // 2), f"{qkv.shape=} {cos.shape=} {sin.shape=}"
+    assert (q_weight is None) == (k_weight is None), "norms on both q and k, or on neither"
+    if not _runs_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
+    return _rope_qkv(qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous(), q_weight, k_weight,
+                     n_head, n_kv_head, eps)[:3]
+
+
 # ---------------------------------------------------------------------------------------------------------
-# swiglu: silu(gate) * up of the fused projection [gate | up].
+# swiglu: y = silu(g) u of the fused projection [g | u], silu(g) = g sigma(g)
+#
+#     du = dy silu(g),   dg = dy u sigma(g) (1 + g (1 - sigma(g)))
+#
+# Saved: the projection alone; sigma and silu are recomputed. A program takes a piece of a row: widths such as
+# 4864 = 19 x 256 would waste 41% of a block of 8192.
+
+
+def swiglu_ref(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@triton.jit
+def _swiglu_fwd(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    pieces: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row, col = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate_up + row * 2 * F + col, col < F, 0.0).to(tl.float32)
+    u = tl.load(gate_up + row * 2 * F + F + col, col < F, 0.0).to(tl.float32)
+    tl.store(y + row * F + col, g * tl.sigmoid(g) * u, col < F)
+
+
+@triton.jit
+def _swiglu_bwd(dy, gate_up, dgate_up, F: tl.constexpr, BLOCK: tl.constexpr):
+    pieces: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    row, col = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dy + row * F + col, col < F, 0.0).to(tl.float32)
+    g = tl.load(gate_up + row * 2 * F + col, col < F, 0.0).to(tl.float32)
+    u = tl.load(gate_up + row * 2 * F + F + col, col < F, 0.0).to(tl.float32)
+    sigma = tl.sigmoid(g)
+    tl.store(dgate_up + row * 2 * F + col, d * u * sigma * (1 + g * (1 - sigma)), col < F)
+    tl.store(dgate_up + row * 2 * F + F + col, d * g * sigma, col < F)
+
+
+SWIGLU = dict(BLOCK=1024, num_warps=4)
+
+
+@_op(lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
+def _swiglu(gate_up: Tensor) -> Tensor:
+    n_rows, width = len(gate_up), gate_up.shape[1] // 2
+    y = gate_up.new_empty(n_rows, width)
+    if n_rows: _swiglu_fwd[(n_rows * triton.cdiv(width, SWIGLU['BLOCK']),)](gate_up, y, width, **SWIGLU)
+    return y
+
+
+@_op(lambda dy, gate_up: torch.empty_like(gate_up))
+def _swiglu_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
+    n_rows, width = dy.shape
+    out = torch.empty_like(gate_up)
+    if n_rows: _swiglu_bwd[(n_rows * triton.cdiv(width, SWIGLU['BLOCK']),)](dy, gate_up, out, width, **SWIGLU)
+    return out
+
+
+_swiglu.register_autograd(lambda ctx, dy: _swiglu_grad(dy.contiguous(), *ctx.saved_tensors),
+                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """(..., 2F) -> (..., F)."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    """(..., 2F), gate first -> (..., F)."""
+    assert gate_up.shape[-1] % 2 == 0, f"{gate_up.shape=}"
+    if not _runs_triton(gate_up): return swiglu_ref(gate_up)
+    y = _swiglu(gate_up.reshape(-1, gate_up.shape[-1]).contiguous())
+    return y.view(*gate_up.shape[:-1], y.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -116,11 +479,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 # The weights go in, so the gradient is known in the forward: a chunk of logits is turned into its gradient at
 # once and dropped. Saved: dH (N, D) and dW (V, D), never the (N, V) logits. The backward multiplies both by the
 # incoming scalar; a vector of per-row losses would need the rows' own factors (the bug of a popular kernel).
+# Per chunk: cuBLAS logits, a kernel that reads them twice (the first time for max and sum in one sweep: the sum is
+# rescaled when the maximum grows) and writes the gradient over them, cuBLAS for dH and, in fp32, for dW.
 
 
 def linear_cross_entropy_ref(h, weight, targets, a, b=None, skip_col=None):
     """The specification: all logits at once, autograd for the gradient. Same arguments and results as below."""
-    z = F.linear(h, weight).float()
+    z = _fp32(F.linear(h, weight))
     if skip_col is not None: z = z.index_fill(1, torch.tensor([skip_col], device=z.device), -torch.inf)
     used = a != 0 if b is None else (a != 0) | (b != 0)
     z = torch.where(used[:, None], z, 0.0)                               # unused rows must not make 0 * inf
@@ -130,30 +495,98 @@ def linear_cross_entropy_ref(h, weight, targets, a, b=None, skip_col=None):
     return (w * ce).sum(), ce.detach()
 
 
+@triton.jit
+def _ce_load(z, c, skip_col, V: tl.constexpr):
+    """`skip_col` in the load's mask would cut it to 4 bytes per thread, from 16."""
+    return tl.where(c == skip_col, -float('inf'), tl.load(z + c, c < V, -float('inf')).to(tl.float32))
+
+
+@triton.jit
+def _ce_rows(z, targets, a, b, ce, w, skip_col, HAS_B: tl.constexpr, GRAD: tl.constexpr,
+             V: tl.constexpr, BLOCK: tl.constexpr):
+    """One row per program. Never autotune it: a second run would read gradients for logits."""
+    row = tl.program_id(0).to(tl.int64)                                 # row * V exceeds 2^31
+    z += row * V
+    cols = tl.arange(0, BLOCK)
+    weight = tl.load(a + row)
+    scale = tl.load(b + row) if HAS_B else 0.0
+    if (weight != 0) | (scale != 0):
+        y = tl.load(targets + row)
+        z_y = tl.load(z + y, y != skip_col, -float('inf')).to(tl.float32)
+        m, total = -float('inf'), 0.0
+        for start in range(0, V, BLOCK):
+            c = start + cols
+            x = _ce_load(z, c, skip_col, V)
+            new = tl.maximum(m, tl.max(x))
+            safe = tl.where(new == -float('inf'), 0.0, new)             # nothing but -inf so far
+            total = total * tl.exp(m - safe) + tl.sum(tl.exp(x - safe))
+            m = new
+        lse = m + tl.log(total)
+        weight += scale * tl.exp(z_y - lse)
+        tl.store(ce + row, lse - z_y)
+        tl.store(w + row, weight)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                c = start + cols
+                x = _ce_load(z, c, skip_col, V)
+                tl.store(z + c, weight * (tl.exp(x - lse) - tl.where(c == y, 1.0, 0.0)), c < V)
+    else:                                                               # padding: its logits may be anything
+        tl.store(ce + row, 0.0)
+        tl.store(w + row, 0.0)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                tl.store(z + start + cols, tl.zeros((BLOCK,), tl.float32), start + cols < V)
+
+
+CE_ROWS = dict(BLOCK=16384, num_warps=16)
+
+
+def _ce_rows_torch(z, y, a, b, skip_col, grad):
+    """What _ce_rows does: logits (n, V) -> ce, weights (n,) and the gradient in z's dtype."""
+    dtype, z = z.dtype, z.float()
+    if skip_col is not None: z[:, skip_col] = -torch.inf
+    lse = z.logsumexp(1)
+    used = a != 0 if b is None else (a != 0) | (b != 0)
+    ce = torch.where(used, lse - z.gather(1, y[:, None]).squeeze(1), 0.0)
+    w = a if b is None else a + b * (-ce).exp()
+    if not grad: return ce, w, None
+    dz = z.sub_(lse[:, None]).exp_()                                     # softmax, in place
+    dz.scatter_add_(1, y[:, None], torch.full_like(dz[:, :1], -1.0))
+    return ce, w, dz.mul_(w[:, None]).masked_fill_(~used[:, None], 0.0).to(dtype)
+
+
+def _ce_rows_triton(z, y, a, b, skip_col, grad):
+    ce, w = torch.empty_like(a), torch.empty_like(a)
+    block = CE_ROWS | dict(BLOCK=min(CE_ROWS['BLOCK'], triton.next_power_of_2(z.shape[1])))
+    _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, b is not None, grad,
+                        z.shape[1], **block)
+    return ce, w, z
+
+
+def _add_outer(total, dz, h):
+    """total + dz^T h in fp32; total None = 0."""
+    if not dz.is_cuda or dz.dtype == torch.float32:
+        return (dz.T @ h).float() if total is None else total.add_(dz.T @ h)
+    if total is None: return torch.mm(dz.T, h, out_dtype=torch.float32)
+    return torch.addmm(total, dz.T, h, out_dtype=torch.float32, out=total)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, a, b, skip_col, chunk):
-        ce = torch.empty(len(h), device=h.device, dtype=torch.float32)
-        w = torch.empty_like(ce)
+        rows_kernel = _ce_rows_triton if _runs_triton(h) else _ce_rows_torch
+        ce, w = torch.empty_like(a), torch.empty_like(a)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        dweight, grad = None, any(ctx.needs_input_grad[:2])
         head = weight.to(h.dtype)
         for s in range(0, len(h), chunk):
             rows = slice(s, s + chunk)
-            y = targets[rows, None]
-            z = (h[rows] @ head.T).float()                               # (n, V)
-            if skip_col is not None: z[:, skip_col] = -torch.inf
-            lse = z.logsumexp(1)
-            nll = lse - z.gather(1, y).squeeze(1)
-            used = a[rows] != 0 if b is None else (a[rows] != 0) | (b[rows] != 0)
-            ce[rows] = torch.where(used, nll, 0.0)
-            w[rows] = a[rows] if b is None else a[rows] + b[rows] * (-ce[rows]).exp()
-            if dh is None and dweight is None: continue
-            dz = z.sub_(lse[:, None]).exp_()                             # softmax, in place
-            dz.scatter_add_(1, y, torch.full_like(dz[:, :1], -1.0))
-            dz = dz.mul_(w[rows, None]).to(h.dtype)
-            if dh is not None: dh[rows] = dz @ head
-            if dweight is not None: dweight += dz.T @ h[rows]
+            ce[rows], w[rows], dz = rows_kernel(h[rows] @ head.T, targets[rows], a[rows],
+                                                None if b is None else b[rows], skip_col, grad)     # (n, V)
+            if dh is not None: torch.mm(dz, head, out=dh[rows])
+            if ctx.needs_input_grad[1]: dweight = _add_outer(dweight, dz, h[rows])
+            del dz                                                      # or two chunks of logits would be alive
+        if ctx.needs_input_grad[1] and dweight is None: dweight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(dh, dweight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
@@ -161,6 +594,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
+        """Out of place: a graph that is kept may be asked again. It costs 0.4 ms for a head of 152k x 896."""
         dh, dweight = ctx.saved_tensors
         dh = None if dh is None else dh * g.to(dh.dtype)
         dweight = None if dweight is None else (dweight * g).to(ctx.weight_dtype)
@@ -171,14 +605,229 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
                          skip_col: int | None = None, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """h (N, D) hidden rows, weight (V, D), targets (N,) int64, a and b (N,) fp32 -> (loss scalar, ce (N,) fp32,
     detached; 0 in rows whose a and b are 0: padding of a static bucket). `skip_col` is left out of the softmax.
-    chunk: rows of logits in memory at a time; 0 = 2^27 logits, 512 MiB in fp32."""
-    chunk = chunk or max((1 << 27) // len(weight), 1)
+    chunk: rows of logits in memory at a time; 0 = up to 2.5 GiB of them with Triton, 2^27 logits without."""
     assert h.ndim == 2 and weight.ndim == 2 and h.shape[1] == weight.shape[1], f"{h.shape=} {weight.shape=}"
     assert targets.shape == a.shape == h.shape[:1], f"{h.shape=} {targets.shape=} {a.shape=}"
+    assert a.dtype == torch.float32 and (b is None or (b.dtype, b.shape) == (a.dtype, a.shape)), f"{a.dtype=}"
     if not torch.is_grad_enabled(): h, weight = h.detach(), weight.detach()      # no gradient work in forward
     if torch.is_autocast_enabled(h.device.type): h = h.to(torch.get_autocast_dtype(h.device.type))
+    logits = (5 << 29) // h.element_size() if _runs_triton(h) else 1 << 27
+    n_chunks = -(-len(h) // max(logits // len(weight), 1))
+    chunk = chunk or max(-(-len(h) // max(n_chunks, 1)), 1)                     # of equal size
     with torch.autocast(h.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(h, weight, targets, a, b, skip_col, chunk)
+        b = None if b is None else b.contiguous()
+        return _LinearCrossEntropy.apply(h.contiguous(), weight, targets.contiguous(), a.contiguous(), b, skip_col,
+                                         chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# cosine_alignment: L = sum_i w_i (1 - c_i),  c_i = <s_i, t_i> / (S_i T_i) at selected rows, S = max(|s|, eps), T alike
+#
+#     dL/ds_i = -w_i (t_i / T_i - c_i s_i / S_i) / S_i        (without the second term where |s| < eps)
+#
+# Rows are read where they lie, no gathered copies. Saved: <s, t>, S, T, three numbers per row (and the states, which
+# live anyway). The gradient is dense: zeros, and the selected rows. A row of weight 0 writes nothing, so padding
+# that repeats a row is harmless; rows with a weight must be distinct.
+
+
+def cosine_alignment_ref(student, teacher, weights, rows=None, teacher_rows=None, eps=1e-6):
+    s = _fp32(student if rows is None else student[rows])
+    t = _fp32(teacher if teacher_rows is None else teacher[teacher_rows])
+    c = (s * t).sum(-1) / (s.norm(dim=-1).clamp(min=eps) * t.norm(dim=-1).clamp(min=eps))
+    return (weights * (1 - c)).sum()
+
+
+@triton.jit
+def _cosine_fwd(student, teacher, weights, rows, teacher_rows, saved, loss, n, eps: tl.constexpr,
+                D: tl.constexpr, BLOCK: tl.constexpr):
+    i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    s = tl.load(student + tl.load(rows + i) * D + cols, cols < D, 0.0).to(tl.float32)
+    t = tl.load(teacher + tl.load(teacher_rows + i) * D + cols, cols < D, 0.0).to(tl.float32)
+    dot, S, T = tl.sum(s * t), tl.maximum(tl.sqrt(tl.sum(s * s)), eps), tl.maximum(tl.sqrt(tl.sum(t * t)), eps)
+    tl.store(saved + i, dot)
+    tl.store(saved + n + i, S)
+    tl.store(saved + 2 * n + i, T)
+    tl.store(loss + i, tl.load(weights + i) * (1 - dot / (S * T)))
+
+
+@triton.jit
+def _cosine_bwd(g, student, teacher, weights, rows, teacher_rows, saved, grad, n, eps: tl.constexpr,
+                D: tl.constexpr, BLOCK: tl.constexpr):
+    i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    w = tl.load(weights + i)
+    if w != 0:
+        at = tl.load(rows + i) * D + cols
+        s = tl.load(student + at, cols < D, 0.0).to(tl.float32)
+        t = tl.load(teacher + tl.load(teacher_rows + i) * D + cols, cols < D, 0.0).to(tl.float32)
+        dot, S, T = tl.load(saved + i), tl.load(saved + n + i), tl.load(saved + 2 * n + i)
+        c = tl.where(S > eps, dot / (S * T), 0.0)
+        tl.store(grad + at, -tl.load(g) * w * (t / T - c * s / S) / S, cols < D)
+
+
+class _CosineAlignment(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, weights, rows, teacher_rows, eps):
+        n, ctx.eps = len(weights), eps
+        saved, loss = weights.new_empty(3, n), torch.empty_like(weights)
+        if n: _cosine_fwd[(n,)](student, teacher, weights, rows, teacher_rows, saved, loss, n, eps,
+                                **_row_block(student.shape[1]))
+        ctx.save_for_backward(student, teacher, weights, rows, teacher_rows, saved)
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        student, _, weights, *_ = ctx.saved_tensors
+        grad, n = torch.zeros_like(student), len(weights)
+        *read, saved = ctx.saved_tensors
+        if n: _cosine_bwd[(n,)](g.float().contiguous(), *read, saved, grad, n, ctx.eps, **_row_block(student.shape[1]))
+        return grad, None, None, None, None, None
+
+
+def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor, rows: Tensor | None = None,
+                     teacher_rows: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """student (N, D), teacher (M, D), weights (n,) fp32 -> scalar fp32 sum_i w_i (1 - cos(student[rows[i]],
+    teacher[teacher_rows[i]])). rows, teacher_rows (n,) int64, None = all in order; rows whose weight is not 0 must be
+    distinct. The teacher gets no gradient."""
+    assert student.ndim == teacher.ndim == 2, f"{student.shape=} {teacher.shape=}"
+    assert student.shape[1] == teacher.shape[1], f"{student.shape=} {teacher.shape=}"
+    assert weights.dtype == torch.float32 and weights.ndim == 1, f"{weights.dtype=} {weights.shape=}"
+    for at, x in ((rows, student), (teacher_rows, teacher)):
+        assert len(weights) == len(x if at is None else at), f"{weights.shape=} {x.shape=}"
+    teacher = teacher.detach()
+    if not _runs_triton(student): return cosine_alignment_ref(student, teacher, weights, rows, teacher_rows, eps)
+    every = torch.arange(len(weights), device=weights.device) if rows is None or teacher_rows is None else None
+    return _CosineAlignment.apply(student.contiguous(), teacher.contiguous(), weights.contiguous(),
+                                  every if rows is None else rows, every if teacher_rows is None else teacher_rows, eps)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# modulate and gated_add: adaLN (DiT 2212.09748) with RMSNorm, per batch row b
+#
+#     y = n (1 + scale_b) + shift_b,  n = x / sqrt(mean(x^2) + eps)          z = x + gate_b h
+#     dx = rstd (dn - n mean(dn n)),  dn = dy (1 + scale_b)                  dx = dz,  dh = gate_b dz
+#     dscale_b = sum_t dy n,  dshift_b = sum_t dy                            dgate_b = sum_t dz h
+#
+# Saved: x and rstd; h. The sums over t are partial sums of programs, added up afterwards: deterministic.
+
+
+def modulate_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    h = _fp32(x)
+    n = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def gated_add_ref(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    return (x + gate[:, None] * h).to(x.dtype)
+
+
+@triton.jit
+def _modulate_fwd(x, scale, shift, y, rstd, T, eps: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at, per_batch = cols < D, row * D + cols, row // T * D + cols
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    r = 1 / tl.sqrt(tl.sum(v * v) / D + eps)
+    tl.store(rstd + row, r)
+    up = 1 + tl.load(scale + per_batch, inside, 0.0).to(tl.float32)
+    tl.store(y + at, v * r * up + tl.load(shift + per_batch, inside, 0.0).to(tl.float32), inside)
+
+
+@triton.jit
+def _modulate_bwd(dy, x, scale, rstd, dx, dscale, dshift, T, D: tl.constexpr, BLOCK: tl.constexpr):
+    first, b, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside, part = cols < D, (b * tl.num_programs(0) + first) * D + cols
+    up = 1 + tl.load(scale + b * D + cols, inside, 0.0).to(tl.float32)
+    scale_sum, shift_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for t in range(first, T, tl.num_programs(0)):
+        at = (b * T + t) * D + cols
+        g, r = tl.load(dy + at, inside, 0.0).to(tl.float32), tl.load(rstd + b * T + t)
+        n = tl.load(x + at, inside, 0.0).to(tl.float32) * r
+        dn = g * up
+        tl.store(dx + at, (dn - n * (tl.sum(dn * n) / D)) * r, inside)
+        scale_sum += g * n
+        shift_sum += g
+    tl.store(dscale + part, scale_sum, inside)
+    tl.store(dshift + part, shift_sum, inside)
+
+
+@triton.jit
+def _gated_add_fwd(x, h, gate, z, T, D: tl.constexpr, BLOCK: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at = cols < D, row * D + cols
+    g = tl.load(gate + row // T * D + cols, inside, 0.0).to(tl.float32)
+    v = tl.load(x + at, inside, 0.0).to(tl.float32) + g * tl.load(h + at, inside, 0.0).to(tl.float32)
+    tl.store(z + at, v, inside)
+
+
+@triton.jit
+def _gated_add_bwd(dz, h, gate, dh, dgate, T, D: tl.constexpr, BLOCK: tl.constexpr):
+    first, b, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside, total = cols < D, tl.zeros((BLOCK,), tl.float32)
+    gate_b = tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32)
+    for t in range(first, T, tl.num_programs(0)):
+        at = (b * T + t) * D + cols
+        g = tl.load(dz + at, inside, 0.0).to(tl.float32)
+        tl.store(dh + at, g * gate_b, inside)
+        total += g * tl.load(h + at, inside, 0.0).to(tl.float32)
+    tl.store(dgate + (b * tl.num_programs(0) + first) * D + cols, total, inside)
+
+
+@_op(lambda x, scale, shift, eps: (torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)))
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    (B, T, D), y, rstd = x.shape, torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+    if B * T: _modulate_fwd[(B * T,)](x, scale, shift, y, rstd, T, eps, **_row_block(D))
+    return y, rstd
+
+
+def _partial_sums(x):
+    """fp32 (B, programs per batch row, D)."""
+    return x.new_empty(len(x), min(x.shape[1], max(PROGRAMS // max(len(x), 1), 1)), x.shape[2], dtype=torch.float32)
+
+
+@_op(lambda dy, x, scale, rstd: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)))
+def _modulate_grad(dy: Tensor, x: Tensor, scale: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, D), dx, dscale, dshift = x.shape, torch.empty_like(x), _partial_sums(x), _partial_sums(x)
+    if B * T: _modulate_bwd[(dscale.shape[1], B)](dy, x, scale, rstd, dx, dscale, dshift, T, **_row_block(D))
+    return dx, dscale.sum(1).to(scale.dtype), dshift.sum(1).to(scale.dtype)
+
+
+@_op(lambda x, h, gate: torch.empty_like(x))
+def _gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    (B, T, D), z = x.shape, torch.empty_like(x)
+    if B * T: _gated_add_fwd[(B * T,)](x, h, gate, z, T, **_row_block(D))
+    return z
+
+
+@_op(lambda dz, h, gate: (torch.empty_like(h), torch.empty_like(gate)))
+def _gated_add_grad(dz: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    (B, T, D), dh, dgate = h.shape, torch.empty_like(h), _partial_sums(h)
+    if B * T: _gated_add_bwd[(dgate.shape[1], B)](dz, h, gate, dh, dgate, T, **_row_block(D))
+    return dh, dgate.sum(1).to(gate.dtype)
+
+
+_modulate.register_autograd(
+    lambda ctx, dy, _: (*_modulate_grad(dy.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[1], output[1]))
+_gated_add.register_autograd(
+    lambda ctx, dz: (dz, *_gated_add_grad(dz.contiguous(), *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[2]))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """x (B, T, D), scale and shift (B, D) of one dtype -> rms(x) (1 + scale) + shift (B, T, D) in x's dtype."""
+    B, _, D = x.shape
+    assert scale.shape == shift.shape == (B, D), f"{x.shape=} {scale.shape=} {shift.shape=}"
+    assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
+    if not _runs_triton(x): return modulate_ref(x, scale, shift, eps)
+    return _modulate(x.contiguous(), scale.contiguous(), shift.contiguous(), eps)[0]
+
+
+def gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    """x and h (B, T, D) of one dtype, gate (B, D) -> x + gate h (B, T, D)."""
+    B, _, D = x.shape
+    assert (h.shape, h.dtype) == (x.shape, x.dtype), f"{x.shape=} {h.shape=} {x.dtype=} {h.dtype=}"
+    assert gate.shape == (B, D), f"{x.shape=} {gate.shape=}"
+    if not _runs_triton(x): return gated_add_ref(x, h, gate)
+    return _gated_add(x.contiguous(), h.contiguous(), gate.contiguous())
 
 
 # ---------------------------------------------------------------------------------------------------------

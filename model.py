@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels as K
 from tokenizer import gguf_path
@@ -93,8 +94,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):
-        return K.rms_norm(x, self.weight, self.eps)
+    def forward(self, x, residual=None):
+        """The norm of x; with a residual, the norm of the sum, and the sum."""
+        if residual is None: return K.rms_norm(x, self.weight, self.eps)
+        return K.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -104,14 +107,14 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.qkv_proj = nn.Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
     def forward(self, x, cos, sin, mask=None, causal=False, cache=None):
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, H + 2 Hkv, hd)
-        q, k, v = qkv.split(self.heads, 2)
-        q, k = K.rope(self.q_norm(q), cos, sin), K.rope(self.k_norm(k), cos, sin)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm else ()
+        q, k, v = K.rope_qkv(qkv, cos, sin, *self.heads[:2], *norms)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, H, T, hd)
         if cache is not None: k, v = cache.append(k, v)
         y = K.attention(q, k, v, mask, causal)
@@ -136,9 +139,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, mask=None, causal=False, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, delta, cos, sin, mask=None, causal=False, cache=None):
+        """The residual stream is x + delta (delta None: x). Every sum is formed inside the norm that follows it, so
+        what comes out is again a pair: the last sum is left to the next block."""
+        if delta is None: y = self.input_layernorm(x)
+        else: y, x = self.input_layernorm(delta, x)
+        y = self.self_attn(y, cos, sin, mask, causal, cache)
+        y, x = self.post_attention_layernorm(y, x)
+        return x, self.mlp(y)
 
 
 class LayerCache:
@@ -159,6 +167,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.activation_checkpointing = False       # keep only the blocks' inputs, compute the rest again in backward
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -207,11 +216,17 @@ class Transformer(nn.Module):
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
+        # The first pair (x, 0) is of the same kind as the later ones, so that one graph serves all compiled blocks.
+        delta = None if tap else torch.zeros_like(x).requires_grad_(x.requires_grad)
         for i, block in enumerate(self.layers, 1):
-            x = block(x, cos, sin, mask, causal, cache[i - 1] if cache else None)
-            if i == upto: return x
+            args = (x, delta, cos, sin, mask, causal)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, delta = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else: x, delta = block(*args, cache[i - 1] if cache else None)
+            if i == upto: return x + delta
+            if tap: x, delta = x + delta, None
             if tap and i < len(self.layers): tap(i, x)
-        x = self.norm(x)
+        x = self.norm(x) if delta is None else self.norm(delta, x)[0]
         if tap: tap(len(self.layers), x)
         return x
 

@@ -33,6 +33,7 @@ import benchmarks
 import checkpoint
 import data
 import eval as evaluation
+import kernels
 from configurator import configure, dump
 from model import ModelConfig, Transformer
 from muon import Muon
@@ -104,6 +105,7 @@ result = ''                         # results/x.json: where to leave the numbers
 # system
 device = ''                         # cuda or cpu; default: cuda when there is one
 compile = True                      # torch.compile per block, on GPUs
+activation_checkpointing = False    # keep only the blocks' inputs: less memory, a third more compute
 deterministic = False               # the same bits twice on a GPU, slower
 if __name__ != '__main__': raise ImportError("train.py is a script: nothing imports it")
 config = configure(globals())
@@ -249,6 +251,7 @@ optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-
 peak_lrs = [[group['lr'] for group in opt.param_groups] for opt in optimizers]
 if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
 
+model.activation_checkpointing = activation_checkpointing
 compiled = compile and on_gpu
 if compiled:
     for block in model.layers: block.compile(dynamic=False)
@@ -283,7 +286,7 @@ if is_main:
         tracker = SummaryWriter(out / 'tensorboard', purge_step=start_step)
     say(f"{obj.name}: {model.n_params() / 1e6:.2f}M parameters ({model.n_params(False) / 1e6:.2f}M without "
         f"embeddings) on {gpu or 'CPU'} x {world}; {len(train_data):,} rows of {seq_len} tokens, "
-        f"{tokens_per_step:,} tokens per step in {accumulation} micro-step(s)")
+        f"{tokens_per_step:,} tokens per step in {accumulation} micro-step(s); kernels: {kernels.active(device)}")
     if fresh and not resume_from:
         V = model.cfg.vocab_size
         say(f"loss to expect at the start: ln {V} = {math.log(V):.2f} nats per token")

@@ -1,0 +1,383 @@
+"""The Triton kernels against their references in fp64: on a GPU, or in Triton's interpreter, which a subprocess runs
+because it must be chosen before triton is imported. And, without any GPU, what the compiler makes of them for an H100.
+
+A kernel here gets odd sizes, strided inputs, buffers full of NaN instead of fresh ones, and a random gradient for
+every output; its inputs must be unchanged afterwards.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels as K
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).parent.parent
+GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cuda' if GPU else 'cpu'
+kernel = pytest.mark.skipif(not (GPU or INTERPRETED), reason='needs a GPU or the interpreter: a subprocess does it')
+DTYPES = [torch.float32, torch.bfloat16]
+TOL = {torch.float32: 1e-5, torch.bfloat16: 0.012 if GPU else 0.03}          # the interpreter truncates to bf16
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory is NaN: what a kernel forgets to write shows."""
+    def poisoned(make):
+        def fresh(*args, **kw):
+            t = make(*args, **kw)
+            return t.fill_(float('nan')) if t.is_floating_point() and t.device.type != 'meta' else t
+        return fresh
+    if GPU or INTERPRETED:
+        for owner, name in ((torch, 'empty'), (torch, 'empty_like'), (torch.Tensor, 'new_empty')):
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Loops that take one turn at small sizes take several."""
+    monkeypatch.setattr(K, 'PROGRAMS', 3)
+    monkeypatch.setattr(K, 'CE_ROWS', dict(BLOCK=256, num_warps=4))
+    monkeypatch.setattr(K, 'SWIGLU', dict(BLOCK=128, num_warps=4))
+
+
+def close(got, want, tol, what=''):
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape, f"{what} {got.shape=} {want.shape=}"
+    error = (got - want).abs().max().item() if got.numel() else 0.0
+    size = max(want.abs().max().item() if want.numel() else 0.0, 1e-30)
+    assert error <= tol * size, f"{what} error {error:.3g} of {size:.3g}"
+
+
+def check(fn, ref, *inputs, tol=None, **settings):
+    """Outputs and gradients of fn against those of ref in fp64; the tolerance is relative to the largest entry."""
+    g = torch.Generator().manual_seed(1)
+    exact = [x if x is None or not x.is_floating_point() else x.detach().double().requires_grad_(x.requires_grad)
+             for x in inputs]
+    before = [None if x is None else x.detach().clone() for x in inputs]
+    tuples = lambda y: y if isinstance(y, tuple) else (y,)
+    got, want = tuples(fn(*inputs, **settings)), tuples(ref(*exact, **settings))
+    up = [torch.randn(y.shape, generator=g).to(y.device) for y in got]
+    for i, (a, b) in enumerate(zip(got, want, strict=True)): close(a, b, tol or TOL[a.dtype], f'output {i}')
+    leaves = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    up = [u.to(a.dtype) for u, a in zip(up, got)]
+    grad = lambda ys, xs: torch.autograd.grad(ys, [xs[i] for i in leaves], [u.to(y.dtype) for u, y in zip(up, ys)])
+    low = min((x.dtype for x in inputs if x is not None and x.is_floating_point()), key=lambda d: d.itemsize)
+    for i, a, b in zip(leaves, grad(got, inputs), grad(want, exact)):
+        assert a.dtype == inputs[i].dtype
+        close(a, b, tol or TOL[low], f'gradient of input {i}')
+    for x, old in zip(inputs, before): assert x is None or torch.equal(x, old), "an input was changed"
+    return got
+
+
+def randn(*shape, seed=0, dtype=torch.float32, grad=True, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=g) * scale).to(DEVICE, dtype).requires_grad_(grad)
+
+
+# -- the kernels of a block ----------------------------------------------------------------------------------
+
+
+@kernel
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(7, 896), (2, 3, 70), (1, 3)])
+def test_rms_norm(shape, dtype, small):
+    x, residual = (randn(*shape, seed=i, dtype=dtype) for i in (0, 1))
+    weight = 1 + randn(shape[-1], seed=2, scale=0.5, grad=False)                # fp32 masters beside bf16
+    weight.requires_grad_()
+    check(K.rms_norm, K.rms_norm_ref, x, weight, eps=1e-6)
+    check(K.rms_norm, K.rms_norm_ref, x.detach() * 1e-4, weight, eps=1e-6)      # where eps counts
+    check(K.add_rms_norm, K.add_rms_norm_ref, x, residual, weight, eps=1e-6)
+    if shape == (7, 896): check(K.rms_norm, K.rms_norm_ref, x.detach().repeat(1, 2)[:, ::2].requires_grad_(), weight,
+                                eps=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='the interpreter truncates to bf16')
+def test_rms_norm_rounds_as_hugging_face(small):
+    """Bit for bit (but for ties that the order of a sum decides): the sum is rounded before the norm, the norm before
+    the weight."""
+    x, residual = (randn(64, 896, seed=i, dtype=torch.bfloat16, grad=False) for i in (0, 1))
+    weight = randn(896, seed=2, grad=False)
+    (y, s), (y_ref, s_ref) = (f(x, residual, weight, 1e-6) for f in (K.add_rms_norm, K.add_rms_norm_ref))
+    assert torch.equal(s, s_ref) and (y == y_ref).float().mean() > 0.999
+    assert (K.rms_norm(x, weight, 1e-6) == K.rms_norm_ref(x, weight, 1e-6)).float().mean() > 0.999
+    for late in (K.add_rms_norm_ref(x.float(), residual.float(), weight, 1e-6)[0].bfloat16(),
+                 K.rms_norm_ref(s_ref.float(), weight, 1e-6).bfloat16()): assert (late == y_ref).float().mean() < 0.9
+
+
+@kernel
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('normed', [False, True])
+@pytest.mark.parametrize('H, HKV, hd', [(2, 1, 64), (1, 1, 24)])
+def test_rope_qkv(H, HKV, hd, normed, dtype, small):
+    """Positions differ between rows; the widths of heads need not be powers of 2."""
+    B, T = 2, 35
+    qkv = randn(B, T, H + 2 * HKV, hd, dtype=dtype)
+    pos = torch.arange(T).repeat(B, 1) + torch.tensor([[0], [100]])
+    cos, sin = K.rope_tables(pos.to(DEVICE), hd, 1e4)
+    weights = [(1 + randn(hd, seed=i, grad=False)).requires_grad_() if normed else None for i in (1, 2)]
+    fn = lambda *x: K.rope_qkv(*x[:3], H, HKV, *x[3:])
+    ref = lambda *x: K.rope_qkv_ref(*x[:3], H, HKV, *x[3:])
+    q, k, v = check(fn, ref, qkv, cos, sin, *weights)
+    assert torch.equal(v, qkv[:, :, H + HKV:]) and v.data_ptr() != qkv[:, :, H + HKV:].data_ptr()
+    if normed and dtype == torch.float32:                       # the gradients come in attention's layout
+        y = torch.cat([x.transpose(1, 2) for x in fn(qkv, cos, sin, *weights)], 1)
+        up = randn(*y.shape, seed=5, grad=False)
+        want = torch.cat([x.transpose(1, 2) for x in ref(qkv, cos, sin, *weights)], 1)
+        close(*(torch.autograd.grad(z, qkv, up)[0] for z in (y, want)), tol=1e-5)
+
+
+@kernel
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(2, 2, 300), (1, 256), (3, 2)])
+def test_swiglu(shape, dtype, small):
+    check(K.swiglu, K.swiglu_ref, randn(*shape, dtype=dtype))
+    check(K.swiglu, K.swiglu_ref, randn(*shape, dtype=dtype, scale=100))        # sigmoid saturates, nothing overflows
+
+
+@kernel
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_modulate_and_gated_add(dtype, small):
+    B, T, D = 2, 5, 70
+    x, h = (randn(B, T, D, seed=i, dtype=dtype) for i in (0, 1))
+    scale, shift, gate = randn(B, 3 * D, seed=2, dtype=dtype, grad=False).chunk(3, -1)          # strided, as in a DiT
+    scale, shift, gate = (t.detach().requires_grad_() for t in (scale, shift, gate))
+    check(K.modulate, K.modulate_ref, x, scale, shift)
+    check(K.gated_add, K.gated_add_ref, x, h, gate)
+    check(K.gated_add, K.gated_add_ref, x, h, gate.detach().float().requires_grad_())
+
+
+# -- the losses ----------------------------------------------------------------------------------------------
+
+
+def ce_inputs(share, with_b, scale=1.0, N=8, D=12, V=1017, skip_col=3, seed=0):
+    """Half of the unused rows make infinite logits; the first row is unused unless all are used."""
+    g = torch.Generator().manual_seed(seed)
+    h, weight = torch.randn(N, D, generator=g) * scale, torch.randn(V, D, generator=g)
+    y = torch.randint(4, V - 1, (N,), generator=g)
+    used = torch.randperm(N, generator=g) < round(share * N)
+    if share < 1: used[0] = False
+    a, b = torch.rand(N, generator=g) * used, (torch.randn(N, generator=g) * used if with_b else None)
+    if with_b: a[1] = 0                                                         # used through b alone
+    h[~used], y[~used] = 1e38, skip_col or 0
+    return [t if t is None else t.to(DEVICE) for t in (h, weight, y, a, b)]
+
+
+@kernel
+@pytest.mark.parametrize('with_b', [False, True], ids=['a', 'a+b*p'])
+@pytest.mark.parametrize('skip_col', [None, 3, 1016])
+@pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('scale', [1, 300])
+def test_linear_cross_entropy(with_b, skip_col, share, scale, small):
+    h, weight, y, a, b = ce_inputs(share, with_b, scale, skip_col=skip_col)
+    h.requires_grad_(), weight.requires_grad_()
+    before = [t if t is None else t.detach().clone() for t in (h, weight, y, a, b)]
+    loss, ce = K.linear_cross_entropy(h, weight, y, a, b, skip_col, chunk=3)
+    used = (a != 0) | (False if b is None else b != 0)
+    exact = [t.detach().double().requires_grad_() for t in (h[used], weight)]
+    want, rows = K.linear_cross_entropy_ref(*exact, y[used], a[used].double(), None if b is None else b[used].double(),
+                                            skip_col)
+    tol = 1e-5 if scale == 1 else 1e-4
+    close(loss, want, tol, 'loss')
+    close(ce[used], rows, tol, 'ce')
+    assert not ce[~used].any() and not ce.requires_grad
+    for factor in (3.0, 0.5):                                                   # a kept graph answers twice
+        dh, dweight = torch.autograd.grad(loss * factor, (h, weight), retain_graph=True)
+        dh_want, dweight_want = torch.autograd.grad(want * factor, exact, retain_graph=True)
+        close(dh[used], dh_want, 4 * tol, 'dh')
+        close(dweight, dweight_want, 4 * tol, 'dweight')
+        assert not dh[~used].any()
+        if skip_col is not None: assert not dweight[skip_col].any()
+    for t, old in zip((h, weight, y, a, b), before): assert t is None or torch.equal(t, old), "an input was changed"
+
+
+@kernel
+def test_linear_cross_entropy_frozen_tied_and_empty(small):
+    h, weight, y, a, _ = ce_inputs(1.0, False)
+    _, ce = K.linear_cross_entropy(h, weight, y, a)
+    close(ce, F.cross_entropy(h @ weight.T, y, reduction='none'), 1e-5)
+    h.requires_grad_(), weight.requires_grad_()
+    full = torch.autograd.grad(K.linear_cross_entropy(h, weight, y, a)[0], (h, weight))
+    assert torch.equal(torch.autograd.grad(K.linear_cross_entropy(h, weight.detach(), y, a)[0], h)[0], full[0])
+    assert torch.equal(torch.autograd.grad(K.linear_cross_entropy(h.detach(), weight, y, a)[0], weight)[0], full[1])
+    ids = y.flip(0)
+    tied = torch.autograd.grad(K.linear_cross_entropy(F.embedding(ids, weight), weight, y, a)[0], weight)[0]
+    exact = weight.detach().double().requires_grad_()
+    close(tied, torch.autograd.grad(K.linear_cross_entropy_ref(exact[ids], exact, y, a.double())[0], exact)[0], 1e-5)
+    loss, ce = K.linear_cross_entropy(h[:0], weight, y[:0], a[:0])
+    assert loss == 0 and len(ce) == 0 and not torch.autograd.grad(loss, weight)[0].any()
+
+
+@kernel
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_cosine_alignment(dtype, small):
+    """Selected rows, others in the teacher, padding that repeats a row; a state of norm 0."""
+    student, teacher = randn(9, 70, dtype=dtype), randn(11, 70, seed=1, dtype=dtype, grad=False)
+    rows = torch.tensor([4, 0, 7, 2, 0, 0], device=DEVICE)
+    weights = torch.tensor([0.5, 1.5, 1.0, 2.0, 0.0, 0.0], device=DEVICE)
+    fn = lambda f: lambda s, t, w: f(s, t, w, rows, rows + 1)
+    check(fn(K.cosine_alignment), fn(K.cosine_alignment_ref), student, teacher, weights)
+    every = torch.rand(9, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    check(K.cosine_alignment, K.cosine_alignment_ref, student, teacher[:9], every)
+    if dtype == torch.float32:
+        student = student.detach().clone().index_fill_(0, rows[:1], 0.0).requires_grad_()
+        loss = K.cosine_alignment(student, teacher, weights, rows, rows + 1)
+        assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
+    nothing = K.cosine_alignment(student, teacher, weights[:0], rows[:0], rows[:0])
+    assert nothing == 0 and not torch.autograd.grad(nothing, student)[0].any()
+
+
+# -- glue ----------------------------------------------------------------------------------------------------
+
+
+@kernel
+@pytest.mark.parametrize('amp', [False, True], ids=['fp32', 'bf16'])
+def test_compile_and_checkpoint(amp, monkeypatch):
+    """A small model, end to end: kernels against references, and not a bit changes when every block is compiled (in
+    one graph), recomputed in the backward, or both."""
+    monkeypatch.undo()                                                          # no poison in compiled code
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16,
+                                    qk_norm=True, causal=False)).to(DEVICE)
+    ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
+            h = model.hidden(ids).flatten(0, 1)
+            loss, _ = K.linear_cross_entropy(h, model.head_weight, ids.flatten(), torch.full((10,), 0.1, device=DEVICE))
+        return torch.autograd.grad(loss, list(model.parameters()))
+    want = gradients()
+    monkeypatch.setattr(K, 'KERNELS', 'torch')
+    for a, b in zip(want, gradients()): assert (a - b).norm() < (0.06 if amp else 1e-5) * b.norm()
+    monkeypatch.undo()
+    model.activation_checkpointing = True
+    assert all(map(torch.equal, gradients(), want))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.layers: block.compile(dynamic=False, fullgraph=True, backend='inductor' if GPU else 'aot_eager')
+    for model.activation_checkpointing in (True, False):
+        for a, b in zip(gradients(), want): assert torch.equal(a, b) or GPU and (a - b).norm() < 0.02 * b.norm()
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1          # all blocks share it
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason='is the interpreter, or does better than it')
+def test_in_the_interpreter():
+    """Everything marked `kernel` above, in a process whose triton interprets."""
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', __file__], cwd=ROOT,
+                          env=os.environ | dict(TRITON_INTERPRET='1', KERNELS='triton'), capture_output=True, text=True)
+    assert done.returncode == 0 and ' passed' in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason='asks for what the interpreter has')
+def test_which_path(monkeypatch):
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    assert K.active('cpu') == 'torch (no Triton on cpu)' and K.rms_norm(x.double(), weight, 1e-6).dtype == torch.float64
+    monkeypatch.setattr(K, 'KERNELS', 'triton')
+    with pytest.raises(SystemExit, match='KERNELS=triton on cpu needs TRITON_INTERPRET=1'): K.rms_norm(x, weight, 1e-6)
+    monkeypatch.setattr(K, 'INTERPRET', True)
+    with pytest.raises(SystemExit, match='the kernels compute in fp32, not torch.float64: KERNELS=torch does'):
+        K.rms_norm(x.double(), weight, 1e-6)
+    with pytest.raises(SystemExit, match='rows of 20000 numbers do not fit'): K._row_block(20_000)
+    monkeypatch.setattr(K, 'KERNELS', 'torch')
+    assert K.active('cpu') == 'torch (KERNELS=torch)'
+    with pytest.raises(AssertionError, match='weight.shape'): K.rms_norm(x, weight[:4], 1e-6)
+
+
+# -- what the compiler makes of them -------------------------------------------------------------------------
+
+ROW = K._row_block(896) if K.triton.__version__ else {}
+SHAPES = [                                                                      # Qwen2.5-0.5B, and Qwen3's head width
+    ('_rms_norm_fwd', dict(eps=1e-6, ADD=True) | ROW), ('_rms_norm_bwd', dict(ADD=True) | ROW),
+    ('_rope_fwd', dict(eps=1e-6, NORM=True), (14, 2, 64)), ('_rope_bwd', dict(NORM=True), (14, 2, 64)),
+    ('_rope_bwd', dict(NORM=True), (16, 8, 128)),
+    ('_swiglu_fwd', dict(F=4864) | K.SWIGLU), ('_swiglu_bwd', dict(F=4864) | K.SWIGLU),
+    ('_ce_rows', dict(HAS_B=True, GRAD=True, V=151936) | K.CE_ROWS),
+    ('_cosine_fwd', dict(eps=1e-6) | ROW), ('_cosine_bwd', dict(eps=1e-6) | ROW),
+    ('_modulate_fwd', dict(eps=1e-6) | ROW), ('_modulate_bwd', ROW), ('_gated_add_fwd', ROW), ('_gated_add_bwd', ROW)]
+TYPES = {'*fp32': 'weight rstd cos sin q_weight k_weight dw a b ce w saved loss weights g dscale dshift dgate',
+         '*i64': 'targets rows teacher_rows', 'i32': 'n_rows n_tokens skip_col T n'}           # others: *bf16
+TYPES = {arg: kind for kind, args in TYPES.items() for arg in args.split()}
+
+
+@pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
+@pytest.mark.parametrize('capability, shared_memory', [(90, 227 << 10), (80, 163 << 10)], ids=['H100', 'A100'])
+def test_compiles_without_spills(capability, shared_memory, tmp_path):
+    """For a GPU that need not be here: registers suffice, shared memory too, and bf16 moves 16 bytes at a time."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    cuobjdump = Path(K.triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    for name, constants, *heads in SHAPES:
+        if heads: constants = constants | K._rope_grid(1, 1, *heads[0])[1]
+        fn, warps = getattr(K, name), constants['num_warps']
+        types = [('constexpr' if arg in constants else TYPES.get(arg, '*bf16')) for arg in fn.arg_names]
+        source = ASTSource(
+            fn, dict(zip(fn.arg_names, types)),
+            {(i,): constants[arg] for i, arg in enumerate(fn.arg_names) if arg in constants},
+            {(i,): [['tt.divisibility', 16]] for i, kind in enumerate(types) if kind[0] == '*'})
+        done = K.triton.compile(source, GPUTarget('cuda', capability, 32), dict(num_warps=warps))
+        (tmp_path / 'cubin').write_bytes(done.asm['cubin'])
+        usage = subprocess.run([cuobjdump, '-res-usage', tmp_path / 'cubin'], capture_output=True, text=True).stdout
+        usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
+        assert usage['STACK'] == usage['LOCAL'] == 0 and usage['REG'] * warps * 32 <= 65536, f"{name} {usage}"
+        assert done.metadata.shared <= shared_memory, f"{name} {done.metadata.shared}"
+        for way in ('ld', 'st'):
+            assert f'{way}.global.v4.b32' in done.asm['ptx'] or (name, way) == ('_cosine_fwd', 'st'), f"{name} {way}"
+
+
+# -- at full size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_offsets_beyond_int32():
+    """N V = 2.5e9 logits in one chunk: the last rows are as right as the first."""
+    N, D, V = 16_512, 64, 151_936
+    h, weight = randn(N, D, dtype=torch.bfloat16), randn(V, D, seed=1, scale=0.1)
+    y, a = torch.arange(N, device=DEVICE), torch.full((N,), 1 / N, device=DEVICE)
+    loss, ce = K.linear_cross_entropy(h, weight, y, a, skip_col=V - 1, chunk=N)
+    dh, dweight = torch.autograd.grad(loss, (h, weight))
+    few = torch.cat([torch.arange(64), torch.arange(N - 64, N)]).to(DEVICE)
+    exact = [t.detach().double().requires_grad_() for t in (h[few], weight)]
+    want, rows = K.linear_cross_entropy_ref(*exact, y[few], a[few].double(), None, V - 1)
+    close(ce[few], rows, 0.01)
+    close(dh[few], torch.autograd.grad(want, exact[0])[0], 0.03)
+    assert dweight.isfinite().all() and not dweight[V - 1].any() and loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+def test_full_width_and_the_same_bits_twice():
+    """The shapes of a 0.5B model, more rows than programs; no order of summation is left to chance."""
+    B, T = 4, 1024
+    x, r = (randn(B, T, 896, seed=i, dtype=torch.bfloat16) for i in (0, 1))
+    weight = (1 + randn(896, seed=2, grad=False)).requires_grad_()
+    cos, sin = K.rope_tables(torch.arange(T, device=DEVICE).expand(B, T), 64, 1e6)
+    qkv = randn(B, T, 18, 64, dtype=torch.bfloat16)
+    norms = [(1 + randn(64, seed=i, grad=False)).requires_grad_() for i in (1, 2)]
+    scale, shift, gate = (randn(B, 896, seed=i, dtype=torch.bfloat16) for i in (3, 4, 5))
+    h, head = randn(500, 896, dtype=torch.bfloat16), randn(151_936, 896, seed=1, scale=0.02)
+    y, a = torch.arange(500, device=DEVICE), torch.full((500,), 0.1, device=DEVICE)
+    rows = torch.randperm(B * T, generator=torch.Generator().manual_seed(0))[:2000].to(DEVICE)
+    cases = [(lambda *t: K.add_rms_norm(*t, 1e-6), lambda *t: K.add_rms_norm_ref(*t, 1e-6), (x, r, weight)),
+             (lambda *t: K.rope_qkv(*t[:3], 14, 2, *t[3:]), lambda *t: K.rope_qkv_ref(*t[:3], 14, 2, *t[3:]),
+              (qkv, cos, sin, *norms)),
+             (K.swiglu, K.swiglu_ref, (randn(B, T, 2 * 4864, dtype=torch.bfloat16),)),
+             (K.modulate, K.modulate_ref, (x, scale, shift)), (K.gated_add, K.gated_add_ref, (x, r, gate)),
+             (lambda *t: K.cosine_alignment(*t, torch.ones(2000, device=DEVICE, dtype=torch.float32), rows, rows),
+              lambda *t: K.cosine_alignment_ref(*t, 1.0, rows, rows), (x.flatten(0, 1), r.detach().flatten(0, 1))),
+             (lambda *t: K.linear_cross_entropy(*t, y, a, chunk=200)[0],
+              lambda *t: K.linear_cross_entropy_ref(*t, y, a)[0], (h, head))]
+    for fn, ref, inputs in cases:
+        check(fn, ref, *inputs)
+        leaves, twice = [t for t in inputs if t.requires_grad], []
+        for _ in range(2):
+            out = fn(*inputs)
+            out = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)))
+            twice.append(torch.autograd.grad(out, leaves))
+        assert all(map(torch.equal, *twice))
