@@ -7,11 +7,28 @@ function, with a separate reference `foo_ref` where that is not the function its
     linear_cross_entropy   the loss at the masked rows, logits never larger than a chunk
     unmask        from logits to candidate tokens, for the samplers
 """
+import math
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                     # not Linux: the references run
+    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda f=None, **kw: f or (lambda g: g)), SimpleNamespace(constexpr=None)
+
+KERNELS = os.environ.get('KERNELS', '')                 # torch | triton, or '': Triton for tensors on a GPU
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels run for x. Without a GPU they need TRITON_INTERPRET=1, and patience."""
+    return KERNELS == 'triton' or (KERNELS != 'torch' and x.is_cuda)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # ranges: query i of row b sees the keys j with start <= j < end for (start, end) in by_query[b, i]; by_key is
@@ -58,14 +75,255 @@ def ranges_to_mask(ranges: Ranges) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# attention: softmax(q k^T / sqrt(hd)) v over the visible keys; grouped queries share a key head.
+# attention: o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i),  s_ij = q_i . k_j / sqrt(hd), over the keys j that query
+# i sees; lse_i = log sum_j exp(s_ij). Grouped queries: G = H / Hkv query heads share one key head.
+#
+# Flash attention (2205.14135) stores neither s nor p. A program owns a tile of queries and walks over blocks of keys
+# with each row's running maximum m and sum l. When m grows, what was summed before shrinks by exp(m - m'):
+#
+#     m' = max(m, max_j s_j)    l' = l exp(m - m') + sum_j exp(s_j - m')    acc' = acc exp(m - m') + exp(s - m') v
+#
+# Saved: q, k, v, o and lse, fp32 and in base 2, because exp2 is what the hardware has. The backward recomputes p;
+# with delta_i = do_i . o_i, which is the term sum_j p_ij dp_ij of the softmax's Jacobian,
+#
+#     dp = do v^T    ds = p (dp - delta)    dq = ds k / sqrt(hd)    dk = ds^T q / sqrt(hd)    dv = p^T do
+#
+# dq is a sum over keys: tiles of queries walk over keys, as in the forward. dk and dv are sums over queries: tiles of
+# keys walk over the queries that see them (by_key), in all G heads. No output is shared: no atomics, and the same
+# bits every time.
+#
+# A tile visits only blocks that one of its rows needs: those of the rows' first ranges, then those of their second
+# ranges that have not been visited. Inside, a row sees what either range holds. Rows past the end of a tensor are
+# copies of its last row, so no load needs a mask: as queries they are not stored, as keys they are in no range.
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd). mask: (B, 1, Tq, Tk) bool from
-    `ranges_to_mask`, or None: every key, or (causal) every key up to the query."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
+    """The specification: a dense mask, and zeros for a query that sees nothing."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges_to_mask(ranges),
                                           enable_gqa=q.shape[1] != k.shape[1])
+
+
+@triton.jit
+def _load_rows(x, stride, b, h, rows, n, HD: tl.constexpr):
+    """Rows (len(rows), HD) of head h of x (B, H, n, HD)."""
+    rows = tl.minimum(rows, n - 1)
+    return tl.load(x + b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, HD)[None, :])
+
+
+@triton.jit
+def _blocks(start, end, BLOCK: tl.constexpr):
+    """The blocks first <= i < last that hold the union of these ranges; first is huge if all are empty."""
+    some = start < end
+    return tl.min(tl.where(some, start, 1 << 30)) // BLOCK, tl.cdiv(tl.max(tl.where(some, end, 0)), BLOCK)
+
+
+@triton.jit
+def _plan(ranges, b, rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
+    """What these rows of ranges (B, n, R, 2) see, as a tuple for `_hide`, and which blocks they need: block number i
+    of n_blocks is first + i, plus gap from i = n_first on."""
+    ranges += (b * n + tl.minimum(rows, n - 1)) * (2 * R)
+    start, end = tl.load(ranges), tl.load(ranges + 1)
+    start2, end2 = tl.load(ranges + 2 * R - 2), tl.load(ranges + 2 * R - 1)     # if R = 1 the same again
+    first, last = _blocks(start, end, BLOCK)
+    first2, last2 = _blocks(start2, end2, BLOCK)
+    swap = first2 < first                                                       # in order, an empty one last
+    first, last, first2, last2 = (tl.where(swap, first2, first), tl.where(swap, last2, last),
+                                  tl.where(swap, first, first2), tl.where(swap, last, last2))
+    first2 = tl.maximum(first2, last)                                           # no block twice
+    n_first = tl.maximum(last - first, 0)
+    seen_by_all = (tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
+    return ((start, end, start2, end2), seen_by_all, first, n_first, first2 - last,
+            n_first + tl.maximum(last2 - first2, 0))
+
+
+@triton.jit
+def _hide(s, at, BLOCK: tl.constexpr, seen, seen_by_all):
+    """Scores s (rows, BLOCK) of the block that begins at `at`: -inf where a row does not see the column. Most blocks
+    of long documents are in sight of the whole tile and need no arithmetic."""
+    start, end, start2, end2 = seen
+    if not (((at >= seen_by_all[0]) & (at + BLOCK <= seen_by_all[1])) |
+            ((at >= seen_by_all[2]) & (at + BLOCK <= seen_by_all[3]))):
+        j = at + tl.arange(0, BLOCK)[None, :]
+        s = tl.where(((j >= start[:, None]) & (j < end[:, None])) |
+                     ((j >= start2[:, None]) & (j < end2[:, None])), s, -float('inf'))
+    return s
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, scale, Tq, Tk,
+                   G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+    m = tl.full([BM], -1e30, tl.float32)                        # finite: -inf - -inf is NaN
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, HD], tl.float32)
+    for i in range(n_blocks):
+        at = (first + i + tl.where(i >= n_first, gap, 0)) * BN
+        cols = at + tl.arange(0, BN)
+        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
+        s = tl.dot(q_tile, k_block.T, input_precision='ieee')
+        s = _hide(s, at, BN, seen, seen_by_all)
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)             # scale = log2(e) / sqrt(hd)
+        p = tl.exp2(s * scale - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(p, 1)
+        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
+        m = m_new
+    l_safe = tl.where(l > 0, l, 1.0)                            # a row that sees nothing: o = 0, lse = 0
+    inside, d = rows < Tq, tl.arange(0, HD)
+    tl.store(lse + (b * tl.num_programs(1) + h) * Tq + rows, tl.where(l > 0, m + tl.log2(l_safe), 0.0), inside)
+    o += b * o_stride[0] + h * o_stride[1] + rows[:, None] * o_stride[2] + d[None, :]
+    tl.store(o, (acc / l_safe[:, None]).to(o.dtype.element_ty), inside[:, None])
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stride, v_stride, o_stride, do_stride,
+                      dq_stride, scale, Tq, Tk,
+                      G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside, row_at = rows < Tq, (b * tl.num_programs(1) + h) * Tq + tl.minimum(rows, Tq - 1)
+    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+    do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+    o_tile = _load_rows(o, o_stride, b, h, rows, Tq, HD)
+    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + row_at, row_delta, inside)                 # for the kernel of dk and dv
+    row_lse = tl.load(lse + row_at)
+    acc = tl.zeros([BM, HD], tl.float32)
+    for i in range(n_blocks):
+        at = (first + i + tl.where(i >= n_first, gap, 0)) * BN
+        cols = at + tl.arange(0, BN)
+        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
+        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), at, BN, seen, seen_by_all)
+        p = tl.exp2(s * scale - row_lse[:, None])
+        ds = p * (tl.dot(do_tile, v_block.T, input_precision='ieee') - row_delta[:, None])
+        acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision='ieee')
+    dq += b * dq_stride[0] + h * dq_stride[1] + rows[:, None] * dq_stride[2] + tl.arange(0, HD)[None, :]
+    tl.store(dq, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), inside[:, None])
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
+                        dv_stride, scale, Tq, Tk,
+                        G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
+    k_tile = _load_rows(k, k_stride, b, h_kv, cols, Tk, HD)
+    v_tile = _load_rows(v, v_stride, b, h_kv, cols, Tk, HD)
+    dk_acc = tl.zeros([BN, HD], tl.float32)
+    dv_acc = tl.zeros([BN, HD], tl.float32)
+    for step in range(n_blocks * G):                            # each block in G heads, transposed: (keys, queries)
+        i, h = step // G, h_kv * G + step % G
+        at = (first + i + tl.where(i >= n_first, gap, 0)) * BM
+        rows = at + tl.arange(0, BM)
+        row_at = (b * tl.num_programs(1) * G + h) * Tq + tl.minimum(rows, Tq - 1)
+        q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+        do_block = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+        s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), at, BM, seen, seen_by_all)
+        p = tl.exp2(s * scale - tl.load(lse + row_at)[None, :])
+        dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision='ieee')
+        ds = p * (tl.dot(v_tile, do_block.T, input_precision='ieee') - tl.load(delta + row_at)[None, :])
+        dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision='ieee')
+    inside, d = (cols < Tk)[:, None], tl.arange(0, HD)[None, :]
+    dk += b * dk_stride[0] + h_kv * dk_stride[1] + cols[:, None] * dk_stride[2] + d
+    dv += b * dv_stride[0] + h_kv * dv_stride[1] + cols[:, None] * dv_stride[2] + d
+    tl.store(dk, (dk_acc * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), inside)
+    tl.store(dv, dv_acc.to(dv.dtype.element_ty), inside)
+
+
+# (queries, keys) of a tile, num_warps, num_stages for 16-bit inputs of head_dim <= key; fp32 uses small tiles.
+_ATTENTION_TILES = {
+    ('fwd', 64): (128, 64, 4, 3), ('dq', 64): (128, 64, 8, 3), ('dkdv', 64): (64, 128, 8, 2),
+    ('fwd', 128): (128, 64, 8, 3), ('dq', 128): (128, 64, 8, 2), ('dkdv', 128): (64, 128, 8, 2),
+    ('fwd', 256): (64, 64, 8, 2), ('dq', 256): (64, 64, 8, 2), ('dkdv', 256): (32, 64, 8, 2)}
+
+
+def _attention_launch(kernel, op, grid_T, grid_H, q, k, *args, scale, ranges):
+    """Launch over (tiles of grid_T rows, grid_H heads, batch). Tensors with four dimensions bring three strides."""
+    HD = q.shape[3]
+    BM, BN, warps, stages = (32, 32, 4, 1) if q.dtype == torch.float32 else \
+        _ATTENTION_TILES[op, next(n for n in (64, 128, 256) if HD <= n)]
+    tensors = (q, k, *args)
+    strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
+    grid = (triton.cdiv(grid_T, BN if op == 'dkdv' else BM), grid_H, len(q))
+    kernel[grid](*tensors, ranges, *strides, scale, q.shape[2], k.shape[2], q.shape[1] // k.shape[1], ranges.shape[2],
+                 HD, BM, BN, num_warps=warps, num_stages=stages)
+
+
+def _bthd(x: Tensor) -> Tensor:
+    """Empty, of x's shape (B, H, T, hd), in memory (B, T, H, hd): transposing and flattening the heads is free."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op('nanodlm::attention', mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = _bthd(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _attention_launch(_attention_fwd, 'fwd', q.shape[2], q.shape[1], q, k, v, o, lse, scale=scale, ranges=by_query)
+    return o, lse
+
+
+@torch.library.custom_op('nanodlm::attention_backward', mutates_args=())
+def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, by_query: Tensor,
+                        by_key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
+    dq, dk, dv, delta = _bthd(q), _bthd(k), _bthd(v), torch.empty_like(lse)
+    _attention_launch(_attention_bwd_dq, 'dq', q.shape[2], q.shape[1], q, k, v, o, do, dq, lse, delta, scale=scale,
+                      ranges=by_query)
+    _attention_launch(_attention_bwd_dkdv, 'dkdv', k.shape[2], k.shape[1], q, k, v, do, dk, dv, lse, delta,
+                      scale=scale, ranges=by_key)
+    return dq, dk, dv
+
+
+@_attention.register_fake
+def _(q, k, v, by_query, by_key, scale):
+    return _bthd(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, o, lse, by_query, by_key, scale):
+    return _bthd(q), _bthd(k), _bthd(v)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_vjp(ctx, do, dlse):
+    q, k, v, by_query, by_key, o, lse = ctx.saved_tensors
+    return *_attention_backward(do, q, k, v, o, lse, by_query, by_key, ctx.scale), None, None, None
+
+
+_attention.register_autograd(_attention_vjp, setup_context=_save_for_backward)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = None, causal: bool = False) -> Tensor:
+    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd), any strides -> (B, H, Tq, hd), 0 where a query sees nothing.
+
+    ranges: who sees whom; or their dense mask (B, 1, Tq, Tk) from `ranges_to_mask`, when several calls share it on the
+    torch path; or None: every key, or (causal) every key up to the query. There cuDNN is hard to beat, so without
+    ranges the call is PyTorch's. head_dims other than powers of two >= 16 are padded, at the price of copies."""
+    if not isinstance(ranges, Ranges):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges, is_causal=causal,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    B, H, T, hd = q.shape
+    assert not causal, "ranges say it already: causal_ranges"
+    assert k.shape == v.shape == (B, k.shape[1], k.shape[2], hd) and H % k.shape[1] == 0, f"{q.shape=} {k.shape=} {v.shape=}"
+    assert ranges.by_query.shape[:2] == (B, T) and ranges.by_key.shape[:2] == (B, k.shape[2]), \
+        f"{ranges.by_query.shape=} {ranges.by_key.shape=} {q.shape=} {k.shape=}"
+    if not use_triton(q): return attention_ref(q, k, v, ranges)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    pad = max(16, 1 << (hd - 1).bit_length()) - hd
+    if pad: q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
+    scale = hd ** -0.5 * math.log2(math.e)
+    return _attention(q, k, v, ranges.by_query.contiguous(), ranges.by_key.contiguous(), scale)[0][..., :hd]
 
 
 # ---------------------------------------------------------------------------------------------------------
