@@ -33,7 +33,8 @@ def use_triton(x: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------
 # ranges: query i of row b sees the keys j with start <= j < end for (start, end) in by_query[b, i]; by_key is
 # the transpose (which queries see key j), for the backward of a kernel. R = 1 range serves documents, padding,
-# causal order and caches; R = 2 serves block diffusion, where xt sees its own block and the clean prefix.
+# causal order and caches; R = 2 serves block diffusion, where xt sees its own block and the clean prefix. The two
+# ranges of one position may touch and overlap. The transpose must be exact: the backward trusts it.
 
 
 class Ranges(NamedTuple):
@@ -65,6 +66,11 @@ def causal_ranges(ranges: Ranges) -> Ranges:
     by_query = torch.stack([q[..., 0], torch.minimum(q[..., 1], idx + 1)], -1)
     by_key = torch.stack([torch.maximum(k[..., 0], idx), k[..., 1]], -1)
     return Ranges(by_query, by_key)
+
+
+def last_queries(ranges: Ranges, past: int) -> Ranges:
+    """The same keys, seen by the queries from `past` on: the new tokens of a cache."""
+    return Ranges(ranges.by_query[:, past:], (ranges.by_key - past).clamp(min=0))
 
 
 def ranges_to_mask(ranges: Ranges) -> Tensor:
@@ -150,7 +156,7 @@ def _hide(s, at, BLOCK: tl.constexpr, seen, seen_by_all):
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
-def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, scale, Tq, Tk,
+def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, lse_row, scale, Tq, Tk,
                    G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -173,25 +179,24 @@ def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_st
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
         m = m_new
     l_safe = tl.where(l > 0, l, 1.0)                            # a row that sees nothing: o = 0, lse = 0
-    inside, d = rows < Tq, tl.arange(0, HD)
-    tl.store(lse + (b * tl.num_programs(1) + h) * Tq + rows, tl.where(l > 0, m + tl.log2(l_safe), 0.0), inside)
-    o += b * o_stride[0] + h * o_stride[1] + rows[:, None] * o_stride[2] + d[None, :]
-    tl.store(o, (acc / l_safe[:, None]).to(o.dtype.element_ty), inside[:, None])
+    tl.store(lse + (b * tl.num_programs(1) + h) * lse_row + rows, tl.where(l > 0, m + tl.log2(l_safe), 0.0))
+    o += b * o_stride[0] + h * o_stride[1] + rows[:, None] * o_stride[2] + tl.arange(0, HD)[None, :]
+    tl.store(o, (acc * (1 / l_safe)[:, None]).to(o.dtype.element_ty), (rows < Tq)[:, None])
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stride, v_stride, o_stride, do_stride,
-                      dq_stride, scale, Tq, Tk,
+                      dq_stride, lse_row, scale, Tq, Tk,
                       G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside, row_at = rows < Tq, (b * tl.num_programs(1) + h) * Tq + tl.minimum(rows, Tq - 1)
+    row_at = (b * tl.num_programs(1) + h) * lse_row + rows
     seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
     q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
     do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
     o_tile = _load_rows(o, o_stride, b, h, rows, Tq, HD)
     row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    tl.store(delta + row_at, row_delta, inside)                 # for the kernel of dk and dv
+    tl.store(delta + row_at, row_delta)                         # for the kernel of dk and dv
     row_lse = tl.load(lse + row_at)
     acc = tl.zeros([BM, HD], tl.float32)
     for i in range(n_blocks):
@@ -204,12 +209,12 @@ def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stri
         ds = p * (tl.dot(do_tile, v_block.T, input_precision='ieee') - row_delta[:, None])
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision='ieee')
     dq += b * dq_stride[0] + h * dq_stride[1] + rows[:, None] * dq_stride[2] + tl.arange(0, HD)[None, :]
-    tl.store(dq, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), inside[:, None])
+    tl.store(dq, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), (rows < Tq)[:, None])
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
-                        dv_stride, scale, Tq, Tk,
+                        dv_stride, lse_row, scale, Tq, Tk,
                         G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -222,7 +227,7 @@ def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_str
         i, h = step // G, h_kv * G + step % G
         at = (first + i + tl.where(i >= n_first, gap, 0)) * BM
         rows = at + tl.arange(0, BM)
-        row_at = (b * tl.num_programs(1) * G + h) * Tq + tl.minimum(rows, Tq - 1)
+        row_at = (b * tl.num_programs(1) * G + h) * lse_row + rows
         q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
         do_block = _load_rows(do, do_stride, b, h, rows, Tq, HD)
         s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), at, BM, seen, seen_by_all)
@@ -237,23 +242,25 @@ def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_str
     tl.store(dv, dv_acc.to(dv.dtype.element_ty), inside)
 
 
-# (queries, keys) of a tile, num_warps, num_stages for 16-bit inputs of head_dim <= key; fp32 uses small tiles.
-_ATTENTION_TILES = {
+# Queries and keys of a tile, num_warps, num_stages; for 16-bit inputs and head_dim up to the one given.
+ATTENTION_TILES = {
     ('fwd', 64): (128, 64, 4, 3), ('dq', 64): (128, 64, 8, 3), ('dkdv', 64): (64, 128, 8, 2),
     ('fwd', 128): (128, 64, 8, 3), ('dq', 128): (128, 64, 8, 2), ('dkdv', 128): (64, 128, 8, 2),
     ('fwd', 256): (64, 64, 8, 2), ('dq', 256): (64, 64, 8, 2), ('dkdv', 256): (32, 64, 8, 2)}
 
 
-def _attention_launch(kernel, op, grid_T, grid_H, q, k, *args, scale, ranges):
-    """Launch over (tiles of grid_T rows, grid_H heads, batch). Tensors with four dimensions bring three strides."""
-    HD = q.shape[3]
-    BM, BN, warps, stages = (32, 32, 4, 1) if q.dtype == torch.float32 else \
-        _ATTENTION_TILES[op, next(n for n in (64, 128, 256) if HD <= n)]
-    tensors = (q, k, *args)
+def _launch_attention(op, kernel, ranges, scale, q, k, *more):
+    """The kernels' arguments: tensors, ranges, three strides of each (B, H, T, hd), and the rest. A program per
+    tile of queries or keys, head of that tensor, and row of the batch."""
+    tensors, H, Hkv, HD = (q, k, *more), q.shape[1], k.shape[1], q.shape[3]
     strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
-    grid = (triton.cdiv(grid_T, BN if op == 'dkdv' else BM), grid_H, len(q))
-    kernel[grid](*tensors, ranges, *strides, scale, q.shape[2], k.shape[2], q.shape[1] // k.shape[1], ranges.shape[2],
-                 HD, BM, BN, num_warps=warps, num_stages=stages)
+    lse_row = more[-1].shape[2]
+    BM, BN, num_warps, num_stages = (32, 32, 4, 1)                              # fp32, exact and slow
+    if q.dtype != torch.float32:
+        BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)]
+    grid = (triton.cdiv(k.shape[2], BN), Hkv, len(q)) if op == 'dkdv' else (triton.cdiv(q.shape[2], BM), H, len(q))
+    kernel[grid](*tensors, ranges, *strides, lse_row, scale, q.shape[2], k.shape[2], H // Hkv, ranges.shape[2], HD,
+                 BM, BN, num_warps=num_warps, num_stages=num_stages)
 
 
 def _bthd(x: Tensor) -> Tensor:
@@ -261,10 +268,16 @@ def _bthd(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+def _new_lse(q: Tensor) -> Tensor:
+    """(B, H, Tq up to whole tiles): loads need no mask, and zeros are harmless where no query is."""
+    return q.new_zeros((*q.shape[:2], triton.cdiv(q.shape[2], 128) * 128), dtype=torch.float32)
+
+
 @torch.library.custom_op('nanodlm::attention', mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o, lse = _bthd(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _attention_launch(_attention_fwd, 'fwd', q.shape[2], q.shape[1], q, k, v, o, lse, scale=scale, ranges=by_query)
+def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor,
+               scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = _bthd(q), _new_lse(q)
+    _launch_attention('fwd', _attention_fwd, by_query, scale, q, k, v, o, lse)
     return o, lse
 
 
@@ -272,17 +285,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, by_query: Tensor,
                         by_key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
-    dq, dk, dv, delta = _bthd(q), _bthd(k), _bthd(v), torch.empty_like(lse)
-    _attention_launch(_attention_bwd_dq, 'dq', q.shape[2], q.shape[1], q, k, v, o, do, dq, lse, delta, scale=scale,
-                      ranges=by_query)
-    _attention_launch(_attention_bwd_dkdv, 'dkdv', k.shape[2], k.shape[1], q, k, v, do, dk, dv, lse, delta,
-                      scale=scale, ranges=by_key)
+    dq, dk, dv, delta = _bthd(q), _bthd(k), _bthd(v), torch.zeros_like(lse)
+    _launch_attention('dq', _attention_bwd_dq, by_query, scale, q, k, v, o, do, dq, lse, delta)
+    _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta)
     return dq, dk, dv
 
 
 @_attention.register_fake
 def _(q, k, v, by_query, by_key, scale):
-    return _bthd(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _bthd(q), _new_lse(q)
 
 
 @_attention_backward.register_fake
@@ -290,17 +301,17 @@ def _(do, q, k, v, o, lse, by_query, by_key, scale):
     return _bthd(q), _bthd(k), _bthd(v)
 
 
-def _save_for_backward(ctx, inputs, output):
+def _attention_setup(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _attention_vjp(ctx, do, dlse):
+def _attention_vjp(ctx, do, dlse):                                              # nobody differentiates lse
     q, k, v, by_query, by_key, o, lse = ctx.saved_tensors
     return *_attention_backward(do, q, k, v, o, lse, by_query, by_key, ctx.scale), None, None, None
 
 
-_attention.register_autograd(_attention_vjp, setup_context=_save_for_backward)
+_attention.register_autograd(_attention_vjp, setup_context=_attention_setup)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = None, causal: bool = False) -> Tensor:
@@ -312,11 +323,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = 
     if not isinstance(ranges, Ranges):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges, is_causal=causal,
                                               enable_gqa=q.shape[1] != k.shape[1])
-    B, H, T, hd = q.shape
-    assert not causal, "ranges say it already: causal_ranges"
-    assert k.shape == v.shape == (B, k.shape[1], k.shape[2], hd) and H % k.shape[1] == 0, f"{q.shape=} {k.shape=} {v.shape=}"
-    assert ranges.by_query.shape[:2] == (B, T) and ranges.by_key.shape[:2] == (B, k.shape[2]), \
-        f"{ranges.by_query.shape=} {ranges.by_key.shape=} {q.shape=} {k.shape=}"
+    (B, H, Tq, hd), (_, Hkv, Tk, _), R = q.shape, k.shape, ranges.by_query.shape[2]
+    assert k.shape == v.shape == (B, Hkv, Tk, hd) and H % Hkv == 0, f"{q.shape=} {k.shape=} {v.shape=}"
+    shapes = [tuple(r.shape) for r in ranges]
+    assert shapes == [(B, Tq, R, 2), (B, Tk, R, 2)] and R <= 2, f"{shapes=} {q.shape=} {k.shape=}"
+    assert not causal, "what is causal must be in the ranges: causal_ranges"
     if not use_triton(q): return attention_ref(q, k, v, ranges)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
