@@ -85,51 +85,56 @@ def ranges_to_mask(ranges: Ranges) -> Tensor:
 # i sees; lse_i = log sum_j exp(s_ij). Grouped queries: G = H / Hkv query heads share one key head.
 #
 # Flash attention (2205.14135) stores neither s nor p. A program owns a tile of queries and walks over blocks of keys
-# with each row's running maximum m and sum l. When m grows, what was summed before shrinks by exp(m - m'):
+# with each row's running maximum m and sum l. When m grows to m', what was summed before shrinks by exp(m - m'):
 #
 #     m' = max(m, max_j s_j)    l' = l exp(m - m') + sum_j exp(s_j - m')    acc' = acc exp(m - m') + exp(s - m') v
 #
 # Saved: q, k, v, o and lse, fp32 and in base 2, because exp2 is what the hardware has. The backward recomputes p;
-# with delta_i = do_i . o_i, which is the term sum_j p_ij dp_ij of the softmax's Jacobian,
+# with delta_i = do_i . o_i, which is the sum_j p_ij dp_ij of the softmax's Jacobian,
 #
 #     dp = do v^T    ds = p (dp - delta)    dq = ds k / sqrt(hd)    dk = ds^T q / sqrt(hd)    dv = p^T do
 #
-# dq is a sum over keys: tiles of queries walk over keys, as in the forward. dk and dv are sums over queries: tiles of
-# keys walk over the queries that see them (by_key), in all G heads. No output is shared: no atomics, and the same
-# bits every time.
+# dq sums over keys: tiles of queries walk over keys, as in the forward. dk and dv sum over queries: tiles of keys
+# walk over the queries that see them (by_key), in all G heads. No output is shared: no atomics, the same bits always.
 #
 # A tile visits only blocks that one of its rows needs: those of the rows' first ranges, then those of their second
-# ranges that have not been visited. Inside, a row sees what either range holds. Rows past the end of a tensor are
-# copies of its last row, so no load needs a mask: as queries they are not stored, as keys they are in no range.
+# ranges that it has not visited yet. Rows past the end of a tensor are copies of its last row, so that loads need no
+# mask: as rows of the tile they are not stored, as rows of a block nobody sees them.
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
-    """The specification: a dense mask, and zeros for a query that sees nothing."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges_to_mask(ranges),
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    """The specification: a dense mask. A query that sees nothing gets zeros."""
+    return attention(q, k, v, ranges_to_mask(ranges))
 
 
 @triton.jit
 def _load_rows(x, stride, b, h, rows, n, HD: tl.constexpr):
-    """Rows (len(rows), HD) of head h of x (B, H, n, HD)."""
+    """(len(rows), HD) of head h of x (B, H, n, HD)."""
     rows = tl.minimum(rows, n - 1)
     return tl.load(x + b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, HD)[None, :])
 
 
 @triton.jit
+def _store_rows(x, value, stride, b, h, rows, n, HD: tl.constexpr):
+    x += b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, HD)[None, :]
+    tl.store(x, value.to(x.dtype.element_ty), (rows < n)[:, None])
+
+
+@triton.jit
 def _blocks(start, end, BLOCK: tl.constexpr):
-    """The blocks first <= i < last that hold the union of these ranges; first is huge if all are empty."""
+    """Blocks first <= i < last hold these ranges. If all are empty, first is huge and last 0."""
     some = start < end
     return tl.min(tl.where(some, start, 1 << 30)) // BLOCK, tl.cdiv(tl.max(tl.where(some, end, 0)), BLOCK)
 
 
 @triton.jit
 def _plan(ranges, b, rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """What these rows of ranges (B, n, R, 2) see, as a tuple for `_hide`, and which blocks they need: block number i
-    of n_blocks is first + i, plus gap from i = n_first on."""
+    """For a tile of rows of ranges (B, n, R, 2): what each sees and what all see, for `_hide`; which blocks they
+    need, for `_block`; and how many these are."""
     ranges += (b * n + tl.minimum(rows, n - 1)) * (2 * R)
     start, end = tl.load(ranges), tl.load(ranges + 1)
     start2, end2 = tl.load(ranges + 2 * R - 2), tl.load(ranges + 2 * R - 1)     # if R = 1 the same again
+    seen = (start, end, start2, end2, tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
     first, last = _blocks(start, end, BLOCK)
     first2, last2 = _blocks(start2, end2, BLOCK)
     swap = first2 < first                                                       # in order, an empty one last
@@ -137,18 +142,22 @@ def _plan(ranges, b, rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
                                   tl.where(swap, first, first2), tl.where(swap, last, last2))
     first2 = tl.maximum(first2, last)                                           # no block twice
     n_first = tl.maximum(last - first, 0)
-    seen_by_all = (tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
-    return ((start, end, start2, end2), seen_by_all, first, n_first, first2 - last,
-            n_first + tl.maximum(last2 - first2, 0))
+    return seen, (first, n_first, first2 - last), n_first + tl.maximum(last2 - first2, 0)
 
 
 @triton.jit
-def _hide(s, at, BLOCK: tl.constexpr, seen, seen_by_all):
-    """Scores s (rows, BLOCK) of the block that begins at `at`: -inf where a row does not see the column. Most blocks
-    of long documents are in sight of the whole tile and need no arithmetic."""
-    start, end, start2, end2 = seen
-    if not (((at >= seen_by_all[0]) & (at + BLOCK <= seen_by_all[1])) |
-            ((at >= seen_by_all[2]) & (at + BLOCK <= seen_by_all[3]))):
+def _block(plan, i):
+    """The i-th block of a plan: there may be a gap after the first interval."""
+    first, n_first, gap = plan
+    return first + i + tl.where(i < n_first, 0, gap)
+
+
+@triton.jit
+def _hide(s, seen, at, BLOCK: tl.constexpr):
+    """Scores s (rows, BLOCK) of the block that begins at `at`, -inf where a row does not see. In long documents the
+    whole tile sees most blocks, and there is nothing to do."""
+    start, end, start2, end2, all_start, all_end, all_start2, all_end2 = seen
+    if not (((at >= all_start) & (at + BLOCK <= all_end)) | ((at >= all_start2) & (at + BLOCK <= all_end2))):
         j = at + tl.arange(0, BLOCK)[None, :]
         s = tl.where(((j >= start[:, None]) & (j < end[:, None])) |
                      ((j >= start2[:, None]) & (j < end2[:, None])), s, -float('inf'))
@@ -156,149 +165,135 @@ def _hide(s, at, BLOCK: tl.constexpr, seen, seen_by_all):
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
-def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, lse_row, scale, Tq, Tk,
+def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, lse_stride, scale, Tq, Tk,
                    G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
     q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
-    m = tl.full([BM], -1e30, tl.float32)                        # finite: -inf - -inf is NaN
+    m = tl.full([BM], -1e30, tl.float32)                        # finite: -inf - -inf would be NaN
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, HD], tl.float32)
     for i in range(n_blocks):
-        at = (first + i + tl.where(i >= n_first, gap, 0)) * BN
+        at = _block(plan, i) * BN
         cols = at + tl.arange(0, BN)
         k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
-        s = tl.dot(q_tile, k_block.T, input_precision='ieee')
-        s = _hide(s, at, BN, seen, seen_by_all)
+        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
         m_new = tl.maximum(m, tl.max(s, 1) * scale)             # scale = log2(e) / sqrt(hd)
         p = tl.exp2(s * scale - m_new[:, None])
         shrink = tl.exp2(m - m_new)
-        l = l * shrink + tl.sum(p, 1)
+        m, l = m_new, l * shrink + tl.sum(p, 1)
         v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
-        m = m_new
-    l_safe = tl.where(l > 0, l, 1.0)                            # a row that sees nothing: o = 0, lse = 0
-    tl.store(lse + (b * tl.num_programs(1) + h) * lse_row + rows, tl.where(l > 0, m + tl.log2(l_safe), 0.0))
-    o += b * o_stride[0] + h * o_stride[1] + rows[:, None] * o_stride[2] + tl.arange(0, HD)[None, :]
-    tl.store(o, (acc * (1 / l_safe)[:, None]).to(o.dtype.element_ty), (rows < Tq)[:, None])
+    l = tl.where(l > 0, l, 1.0)                                 # a row that sees nothing: acc = 0
+    tl.store(lse + b * lse_stride[0] + h * lse_stride[1] + rows, m + tl.log2(l))
+    _store_rows(o, acc * (1 / l)[:, None], o_stride, b, h, rows, Tq, HD)
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stride, v_stride, o_stride, do_stride,
-                      dq_stride, lse_row, scale, Tq, Tk,
+                      dq_stride, lse_stride, scale, Tq, Tk,
                       G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    row_at = (b * tl.num_programs(1) + h) * lse_row + rows
-    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
     q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
-    do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
     o_tile = _load_rows(o, o_stride, b, h, rows, Tq, HD)
-    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    tl.store(delta + row_at, row_delta)                         # for the kernel of dk and dv
+    do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+    row_at = b * lse_stride[0] + h * lse_stride[1] + rows
     row_lse = tl.load(lse + row_at)
+    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + row_at, row_delta)                         # for the other kernel
     acc = tl.zeros([BM, HD], tl.float32)
     for i in range(n_blocks):
-        at = (first + i + tl.where(i >= n_first, gap, 0)) * BN
+        at = _block(plan, i) * BN
         cols = at + tl.arange(0, BN)
         k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
         v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
-        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), at, BN, seen, seen_by_all)
+        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
         p = tl.exp2(s * scale - row_lse[:, None])
         ds = p * (tl.dot(do_tile, v_block.T, input_precision='ieee') - row_delta[:, None])
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision='ieee')
-    dq += b * dq_stride[0] + h * dq_stride[1] + rows[:, None] * dq_stride[2] + tl.arange(0, HD)[None, :]
-    tl.store(dq, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), (rows < Tq)[:, None])
+    _store_rows(dq, acc * (scale * 0.6931471805599453), dq_stride, b, h, rows, Tq, HD)      # log 2: 1 / sqrt(hd)
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
-                        dv_stride, lse_row, scale, Tq, Tk,
+                        dv_stride, lse_stride, scale, Tq, Tk,
                         G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    seen, seen_by_all, first, n_first, gap, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
+    seen, plan, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
     k_tile = _load_rows(k, k_stride, b, h_kv, cols, Tk, HD)
     v_tile = _load_rows(v, v_stride, b, h_kv, cols, Tk, HD)
     dk_acc = tl.zeros([BN, HD], tl.float32)
     dv_acc = tl.zeros([BN, HD], tl.float32)
-    for step in range(n_blocks * G):                            # each block in G heads, transposed: (keys, queries)
-        i, h = step // G, h_kv * G + step % G
-        at = (first + i + tl.where(i >= n_first, gap, 0)) * BM
+    for i in range(n_blocks * G):                               # s, p, dp and ds are transposed: (keys, queries)
+        at, h = _block(plan, i // G) * BM, h_kv * G + i % G
         rows = at + tl.arange(0, BM)
-        row_at = (b * tl.num_programs(1) * G + h) * lse_row + rows
+        row_at = b * lse_stride[0] + h * lse_stride[1] + rows
         q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
         do_block = _load_rows(do, do_stride, b, h, rows, Tq, HD)
-        s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), at, BM, seen, seen_by_all)
+        s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), seen, at, BM)
         p = tl.exp2(s * scale - tl.load(lse + row_at)[None, :])
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision='ieee')
         ds = p * (tl.dot(v_tile, do_block.T, input_precision='ieee') - tl.load(delta + row_at)[None, :])
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision='ieee')
-    inside, d = (cols < Tk)[:, None], tl.arange(0, HD)[None, :]
-    dk += b * dk_stride[0] + h_kv * dk_stride[1] + cols[:, None] * dk_stride[2] + d
-    dv += b * dv_stride[0] + h_kv * dv_stride[1] + cols[:, None] * dv_stride[2] + d
-    tl.store(dk, (dk_acc * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), inside)
-    tl.store(dv, dv_acc.to(dv.dtype.element_ty), inside)
+    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), dk_stride, b, h_kv, cols, Tk, HD)
+    _store_rows(dv, dv_acc, dv_stride, b, h_kv, cols, Tk, HD)
 
 
-# Queries and keys of a tile, num_warps, num_stages; for 16-bit inputs and head_dim up to the one given.
+# Queries and keys of a tile, num_warps, num_stages, for 16-bit inputs by head_dim: on H100 and B200 (227 KB of shared
+# memory, wgmma), and on smaller cards (99 KB). Nothing spills.
 ATTENTION_TILES = {
-    ('fwd', 64): (128, 64, 4, 3), ('dq', 64): (128, 64, 8, 3), ('dkdv', 64): (64, 128, 8, 2),
-    ('fwd', 128): (128, 64, 8, 3), ('dq', 128): (128, 64, 8, 2), ('dkdv', 128): (64, 128, 8, 2),
-    ('fwd', 256): (64, 64, 8, 2), ('dq', 256): (64, 64, 8, 2), ('dkdv', 256): (32, 64, 8, 2)}
+    ('fwd', 64): ((128, 64, 4, 3), (128, 64, 4, 3)), ('fwd', 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
+    ('dq', 64): ((128, 64, 8, 3), (128, 32, 4, 2)), ('dq', 128): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    ('dkdv', 64): ((64, 128, 8, 2), (32, 64, 4, 2)), ('dkdv', 128): ((64, 128, 8, 2), (32, 64, 8, 2)),
+    ('fwd', 256): ((64, 64, 8, 2), (64, 32, 8, 2)), ('dq', 256): ((64, 64, 8, 2), (32, 32, 4, 1)),
+    ('dkdv', 256): ((32, 32, 8, 1), (32, 32, 8, 1))}
 
 
 def _launch_attention(op, kernel, ranges, scale, q, k, *more):
-    """The kernels' arguments: tensors, ranges, three strides of each (B, H, T, hd), and the rest. A program per
-    tile of queries or keys, head of that tensor, and row of the batch."""
-    tensors, H, Hkv, HD = (q, k, *more), q.shape[1], k.shape[1], q.shape[3]
-    strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
-    lse_row = more[-1].shape[2]
-    BM, BN, num_warps, num_stages = (32, 32, 4, 1)                              # fp32, exact and slow
+    """A program per tile of queries (dkdv: of keys), head and row. The kernels take the tensors, the ranges, the
+    strides of every (B, H, T, hd) and those of lse, and the rest."""
+    tensors, (B, H, Tq, HD), (Hkv, Tk) = (q, k, *more), q.shape, k.shape[1:3]
+    BM, BN, num_warps, num_stages = 32, 32, 4, 1                                # fp32: exact, slow
     if q.dtype != torch.float32:
-        BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)]
-    grid = (triton.cdiv(k.shape[2], BN), Hkv, len(q)) if op == 'dkdv' else (triton.cdiv(q.shape[2], BM), H, len(q))
-    kernel[grid](*tensors, ranges, *strides, lse_row, scale, q.shape[2], k.shape[2], H // Hkv, ranges.shape[2], HD,
+        small = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (9, 10)
+        BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)][small]
+    strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
+    grid = (triton.cdiv(Tk, BN), Hkv, B) if op == 'dkdv' else (triton.cdiv(Tq, BM), H, B)
+    kernel[grid](*tensors, ranges, *strides, more[-1].stride()[:2], scale, Tq, Tk, H // Hkv, ranges.shape[2], HD,
                  BM, BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _bthd(x: Tensor) -> Tensor:
+def _new_attention(x: Tensor) -> Tensor:
     """Empty, of x's shape (B, H, T, hd), in memory (B, T, H, hd): transposing and flattening the heads is free."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _new_lse(q: Tensor) -> Tensor:
-    """(B, H, Tq up to whole tiles): loads need no mask, and zeros are harmless where no query is."""
+    """(B, H, Tq up to whole tiles): no mask for it either. Zeros, for tiles that no query is in."""
     return q.new_zeros((*q.shape[:2], triton.cdiv(q.shape[2], 128) * 128), dtype=torch.float32)
 
 
+# Custom operators are opaque to torch.compile, so a compiled block runs the same kernels in the same way.
 @torch.library.custom_op('nanodlm::attention', mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor,
                scale: float) -> tuple[Tensor, Tensor]:
-    o, lse = _bthd(q), _new_lse(q)
+    o, lse = _new_attention(q), _new_lse(q)
     _launch_attention('fwd', _attention_fwd, by_query, scale, q, k, v, o, lse)
     return o, lse
 
 
 @torch.library.custom_op('nanodlm::attention_backward', mutates_args=())
-def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, by_query: Tensor,
-                        by_key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
+                        lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
-    dq, dk, dv, delta = _bthd(q), _bthd(k), _bthd(v), torch.zeros_like(lse)
+    dq, dk, dv, delta = _new_attention(q), _new_attention(k), _new_attention(v), torch.zeros_like(lse)
     _launch_attention('dq', _attention_bwd_dq, by_query, scale, q, k, v, o, do, dq, lse, delta)
     _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta)
     return dq, dk, dv
-
-
-@_attention.register_fake
-def _(q, k, v, by_query, by_key, scale):
-    return _bthd(q), _new_lse(q)
-
-
-@_attention_backward.register_fake
-def _(do, q, k, v, o, lse, by_query, by_key, scale):
-    return _bthd(q), _bthd(k), _bthd(v)
 
 
 def _attention_setup(ctx, inputs, output):
@@ -306,28 +301,29 @@ def _attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def _attention_vjp(ctx, do, dlse):                                              # nobody differentiates lse
-    q, k, v, by_query, by_key, o, lse = ctx.saved_tensors
-    return *_attention_backward(do, q, k, v, o, lse, by_query, by_key, ctx.scale), None, None, None
-
-
-_attention.register_autograd(_attention_vjp, setup_context=_attention_setup)
+_attention.register_fake(lambda q, k, v, by_query, by_key, scale: (_new_attention(q), _new_lse(q)))
+_attention_backward.register_fake(lambda do, q, k, v, *rest: tuple(map(_new_attention, (q, k, v))))
+_attention.register_autograd(                                                   # nobody differentiates lse
+    lambda ctx, do, dlse: (*_attention_backward(do, *ctx.saved_tensors, ctx.scale), None, None, None),
+    setup_context=_attention_setup)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = None, causal: bool = False) -> Tensor:
-    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd), any strides -> (B, H, Tq, hd), 0 where a query sees nothing.
+    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd), 0 where a query sees nothing. Views
+    will do, of a fused qkv or a cache: only hd must be contiguous.
 
-    ranges: who sees whom; or their dense mask (B, 1, Tq, Tk) from `ranges_to_mask`, when several calls share it on the
-    torch path; or None: every key, or (causal) every key up to the query. There cuDNN is hard to beat, so without
-    ranges the call is PyTorch's. head_dims other than powers of two >= 16 are padded, at the price of copies."""
+    ranges: who sees whom; or a dense mask (B, 1, Tq, Tk), which layers on the torch path share (`ranges_to_mask`); or
+    None: every key, or (causal) every key up to the query. Without ranges there is nothing to skip, cuDNN is hard to
+    beat, and the call is PyTorch's. Other head_dims than 16, 32, 64, 128 and 256 are padded, at the price of copies."""
     if not isinstance(ranges, Ranges):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges, is_causal=causal,
                                               enable_gqa=q.shape[1] != k.shape[1])
     (B, H, Tq, hd), (_, Hkv, Tk, _), R = q.shape, k.shape, ranges.by_query.shape[2]
-    assert k.shape == v.shape == (B, Hkv, Tk, hd) and H % Hkv == 0, f"{q.shape=} {k.shape=} {v.shape=}"
+    assert k.shape == v.shape == (B, Hkv, Tk, hd) and H % Hkv == 0 and hd <= 256, f"{q.shape=} {k.shape=} {v.shape=}"
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1, f"{q.stride()=} {k.stride()=} {v.stride()=}"
     shapes = [tuple(r.shape) for r in ranges]
     assert shapes == [(B, Tq, R, 2), (B, Tk, R, 2)] and R <= 2, f"{shapes=} {q.shape=} {k.shape=}"
-    assert not causal, "what is causal must be in the ranges: causal_ranges"
+    assert not causal, "with ranges, causal order is in them: causal_ranges"
     if not use_triton(q): return attention_ref(q, k, v, ranges)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
