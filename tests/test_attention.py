@@ -51,33 +51,33 @@ def cached(pad, past, T):
     return visible[:, past:], K.last_queries(ranges, past)
 
 
-def ranges_of(visible, seed=0):
-    """R = 2 ranges of a mask whose rows and columns are at most two runs. The two come in either order, and a
-    single run is given whole with an empty range (0, 0) before or after it, or as two pieces that touch or overlap."""
+def ranges_of(visible, seed=0, order=None):
+    """R = 2 ranges of a mask whose rows and columns are at most two runs: in rising order (1), falling (-1) or by
+    chance (None). A single run is followed by an empty range (0, 0) or, by chance, is two pieces that overlap."""
     g = torch.Generator().manual_seed(seed)
     def pick(n): return int(torch.randint(n, (), generator=g))
     def spans(line):
         edge = F.pad(line.int(), (1, 1)).diff().nonzero().squeeze(1).tolist()
         runs = list(zip(edge[::2], edge[1::2]))
         assert len(runs) <= 2
-        if len(runs) == 1 and runs[0][1] - runs[0][0] > 1 and pick(2):
+        if order is None and len(runs) == 1 and runs[0][1] - runs[0][0] > 1 and pick(2):
             (start, end), = runs
             cut = start + 1 + pick(end - start - 1)
             runs = [(start, min(cut + pick(4), end)), (max(cut - pick(4), start), end)]
         runs += [(0, 0)] * (2 - len(runs))
-        return runs[::-1] if pick(2) else runs
+        return runs[::order or 1 - 2 * pick(2)]
     def table(mask): return torch.tensor([[spans(line) for line in m] for m in mask], dtype=torch.int32)
     return K.Ranges(table(visible), table(visible.mT))
 
 
-def block_diffusion(doc, block):
+def block_diffusion(doc, block, order):
     """[xt; x0]: xt sees its block of xt and the blocks of x0 before it; x0 sees x0 up to its own block."""
     pos = torch.cat([torch.arange(int((doc == d).sum())) for d in doc.unique_consecutive()])
     doc, block, clean = doc.repeat(2), (pos // block).repeat(2), torch.arange(2 * len(doc)) >= len(doc)
     q, k = (slice(None), None), (None, slice(None))
     visible = (doc[q] == doc[k]) & torch.where(clean[k], block[k] < block[q] + clean[q].long(),
                                                ~clean[q] & (block[q] == block[k]))
-    return visible[None], ranges_of(visible[None])
+    return visible[None], ranges_of(visible[None], order=order)
 
 
 def empty():
@@ -119,11 +119,11 @@ def cases(k):
         'empty': (*empty(), 2, 1, 32, f, 1),
         'band': (*band(70 * k, 10), 2, 1, 32, f, 1),
         'two windows': (*two_windows(72 * k), 2, 1, 32, f, 1),
-        'block diffusion': (*block_diffusion(row(24 * k, 11 * k), 4), 2, 1, 32, f, 1),
+        'block diffusion': (*block_diffusion(row(47 * k, 23 * k), 4, order=1), 1, 1, 16, f, 1),
         'odd head_dim': (*documents(row(17, 16)), 2, 1, 24, f, 1),
         'large logits': (*documents(row(20 * k, 13 * k)), 2, 2, 32, f, 30),
         'fp16 tiles': (*documents(row(70 * k, 74 * k, -6)), 2, 1, 64, h, 1),
-        'fp16 block diffusion': (*block_diffusion(row(40 * k, 37 * k), 16), 1, 1, 64, h, 1)}
+        'fp16 block diffusion': (*block_diffusion(row(40 * k, 37 * k), 16, order=-1), 1, 1, 64, h, 1)}
 
 
 # -- the oracle ----------------------------------------------------------------------------------------------
