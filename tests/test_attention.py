@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,7 @@ def errors(visible, ranges, H, Hkv, hd, dtype, gain=1, device='cpu', seed=0):
 
 def small(error, dtype, gain=1):
     limit = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2, torch.float64: 1e-12}[dtype]
-    if gain > 1 and dtype == torch.float32: limit *= 10
+    if gain > 1: limit *= 10            # softmax near one-hot: ds is a difference of nearly equal numbers
     assert all(e <= limit for e in error.values()), f"{error} > {limit}"                 # NaN is not small
 
 
@@ -352,17 +353,21 @@ def interpreted(subprocesses):
     return json.loads(out)
 
 
-needs_triton = pytest.mark.skipif(not hasattr(K.triton, '__version__'), reason='no Triton here')
+version = getattr(K.triton, '__version__', '')
+needs_triton = pytest.mark.skipif(not version, reason='no Triton here')
+needs_interpreter = pytest.mark.skipif(
+    not version or (version.startswith('3.6') and np.lib.NumpyVersion(np.__version__) >= '2.4.0'),
+    reason="no Triton here, or one whose interpreter fails in `range` with this numpy")
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize('name', cases(1))
 def test_interpreted(interpreted, name):
     assert isinstance(interpreted[name], dict), interpreted[name]
     small(interpreted[name], *cases(1)[name][5:])
 
 
-@needs_triton
+@needs_interpreter
 def test_composition(interpreted):
     """Autograd, checkpointing and torch.compile around the operator, in a model; and sampling with a cache."""
     small(interpreted['composition'], torch.float32, gain=10)
@@ -389,13 +394,21 @@ def test_no_spills(subprocesses):
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize('k', [1, 11])
 @pytest.mark.parametrize('name', cases(1))
-def test_gpu(name, k, dtype):
-    visible, ranges, H, Hkv, hd, _, gain = cases(k)[name]
-    small(errors(visible, ranges, H, Hkv, hd, dtype, gain, 'cuda', seed=k), dtype, gain)
-    small(errors(visible, ranges, 2 * Hkv, Hkv, 128, dtype, gain, 'cuda', seed=k + 1), dtype, gain)
+def test_gpu(name):
+    for k in (1, 11):
+        *case, _, gain = cases(k)[name]
+        small(errors(*case, torch.bfloat16, gain, 'cuda', seed=k), torch.bfloat16, gain)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize('hd,dtype', [(64, torch.float16), (64, torch.float32), (128, torch.bfloat16),
+                                      (256, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize('name', ['causal', 'block diffusion'])
+def test_gpu_head_dims_and_dtypes(name, hd, dtype):
+    visible, ranges, *_ = cases(11)[name]
+    small(errors(visible, ranges, 4, 2, hd, dtype, 1, 'cuda'), dtype)
 
 
 @pytest.mark.gpu
