@@ -39,7 +39,7 @@ def use_triton(x: Tensor) -> bool:
 
 class Ranges(NamedTuple):
     """Attention ranges, int32, half open. by_query (B, Tq, R, 2) in key positions, by_key (B, Tk, R, 2) in
-    query positions. An empty range is (0, 0)."""
+    query positions. A range is empty if its start is not below its end, like (0, 0)."""
     by_query: Tensor
     by_key: Tensor
 
@@ -134,7 +134,8 @@ def _plan(ranges, b, rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
     ranges += (b * n + tl.minimum(rows, n - 1)) * (2 * R)
     start, end = tl.load(ranges), tl.load(ranges + 1)
     start2, end2 = tl.load(ranges + 2 * R - 2), tl.load(ranges + 2 * R - 1)     # if R = 1 the same again
-    seen = (start, end, start2, end2, tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
+    length, length2 = (tl.maximum(end - start, 0).to(tl.uint32), tl.maximum(end2 - start2, 0).to(tl.uint32))
+    seen = (start, length, start2, length2, tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
     first, last = _blocks(start, end, BLOCK)
     first2, last2 = _blocks(start2, end2, BLOCK)
     swap = first2 < first                                                       # in order, an empty one last
@@ -156,11 +157,11 @@ def _block(plan, i):
 def _hide(s, seen, at, BLOCK: tl.constexpr):
     """Scores s (rows, BLOCK) of the block that begins at `at`, -inf where a row does not see. In long documents the
     whole tile sees most blocks, and there is nothing to do."""
-    start, end, start2, end2, all_start, all_end, all_start2, all_end2 = seen
+    start, length, start2, length2, all_start, all_end, all_start2, all_end2 = seen
     if not (((at >= all_start) & (at + BLOCK <= all_end)) | ((at >= all_start2) & (at + BLOCK <= all_end2))):
         j = at + tl.arange(0, BLOCK)[None, :]
-        s = tl.where(((j >= start[:, None]) & (j < end[:, None])) |
-                     ((j >= start2[:, None]) & (j < end2[:, None])), s, -float('inf'))
+        s = tl.where(((j - start[:, None]).to(tl.uint32) < length[:, None]) |       # what is negative wraps: large
+                     ((j - start2[:, None]).to(tl.uint32) < length2[:, None]), s, -float('inf'))
     return s
 
 

@@ -54,7 +54,7 @@ def cached(pad, past, T):
 
 def ranges_of(visible, seed=0, order=None):
     """R = 2 ranges of a mask whose rows and columns are at most two runs: in rising order (1), falling (-1) or by
-    chance (None). A single run is followed by an empty range (0, 0) or, by chance, is two pieces that overlap."""
+    chance (None). A single run comes with an empty range or, by chance, in two pieces that overlap."""
     g = torch.Generator().manual_seed(seed)
     def pick(n): return int(torch.randint(n, (), generator=g))
     def spans(line):
@@ -65,7 +65,7 @@ def ranges_of(visible, seed=0, order=None):
             (start, end), = runs
             cut = start + 1 + pick(end - start - 1)
             runs = [(start, min(cut + pick(4), end)), (max(cut - pick(4), start), end)]
-        runs += [(0, 0)] * (2 - len(runs))
+        runs += [((0, 0), (7, 2))[pick(2)] for _ in range(2 - len(runs))]
         return runs[::order or 1 - 2 * pick(2)]
     def table(mask): return torch.tensor([[spans(line) for line in m] for m in mask], dtype=torch.int32)
     return K.Ranges(table(visible), table(visible.mT))
