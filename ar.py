@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels import Ranges, causal_ranges, document_ranges, head_logits, linear_cross_entropy, unmask
+from kernels import causal_ranges, document_ranges, head_logits, last_queries, linear_cross_entropy, unmask
 from model import Objective, scored_rows
 
 
@@ -88,5 +88,4 @@ class AR(Objective):
 def _cache_ranges(pad, past, end):
     """Queries past..end-1 of rows with `pad` (B,) positions of left padding, over the keys 0..end-1."""
     doc = (torch.arange(end, device=pad.device) >= pad[:, None]).long() - 1
-    ranges = causal_ranges(document_ranges(doc))
-    return Ranges(ranges.by_query[:, past:], ranges.by_key)             # by_key serves only a backward
+    return last_queries(causal_ranges(document_ranges(doc)), past)

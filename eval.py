@@ -192,7 +192,8 @@ def generate(obj, tok, jobs, sampler, seed):
     for job, row, (prefix, n, *_) in zip(jobs, rows, templates):
         new = row[len(prefix):len(prefix) + n]
         records.append({k: job[k] for k in ('task_id', 'sample', 'length')} | dict(
-            raw=tok.decode(new).removeprefix(job['blanks']), n_new=len(new), nfe=nfe, seconds=round(seconds / len(jobs), 4)))
+            raw=tok.decode(new).removeprefix(job['blanks']), n_new=len(new), nfe=nfe,
+            seconds=round(seconds / len(jobs), 4)))
     return records
 
 

@@ -17,6 +17,7 @@ kernels; the glue to autograd; the public `foo`. All but linear algebra is bound
                             runs the kernels on a CPU, thousands of times slower: only for tests.
 """
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ try:
     import triton.language as tl
 except ImportError:                     # macOS, Windows: only the references
     class tl: constexpr = None
-    class triton: jit, __version__ = staticmethod(lambda fn: fn), None
+    class triton: jit, __version__ = staticmethod(lambda fn=None, **_: fn or (lambda f: f)), None
 
 KERNELS, INTERPRET = os.environ.get('KERNELS', ''), os.environ.get('TRITON_INTERPRET') == '1'
 if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be torch or triton, got {KERNELS!r}")
@@ -37,17 +38,17 @@ if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be to
 
 def active(device) -> str:
     """In words, which path the functions below take on this device."""
-    if _runs_triton(torch.empty(0, device=device)): return f'Triton {triton.__version__} (KERNELS=torch: without)'
+    if runs_triton(torch.empty(0, device=device)): return f'Triton {triton.__version__} (KERNELS=torch: without)'
     return 'torch (KERNELS=torch)' if KERNELS == 'torch' else f'torch (no Triton on {torch.device(device).type})'
 
 
-def _runs_triton(x: Tensor) -> bool:
+def runs_triton(x: Tensor) -> bool:
     """Never a silent fallback on a GPU: what Triton cannot do there is an error."""
     if KERNELS == 'torch' or x.device.type != 'cuda' and KERNELS != 'triton': return False
     if triton.__version__ is None: raise SystemExit("Triton is not installed: pip install triton, or KERNELS=torch")
     if x.device.type != 'cuda' and not INTERPRET:
         raise SystemExit(f"KERNELS=triton on {x.device.type} needs TRITON_INTERPRET=1, which is for tests")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.is_floating_point() and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise SystemExit(f"the kernels compute in fp32, not {x.dtype}: KERNELS=torch does")
     return True
 
@@ -86,12 +87,13 @@ PROGRAMS = 1024
 # ---------------------------------------------------------------------------------------------------------
 # ranges: query i of row b sees the keys j with start <= j < end for (start, end) in by_query[b, i]; by_key is
 # the transpose (which queries see key j), for the backward of a kernel. R = 1 range serves documents, padding,
-# causal order and caches; R = 2 serves block diffusion, where xt sees its own block and the clean prefix.
+# causal order and caches; R = 2 serves block diffusion, where xt sees its own block and the clean prefix. The two
+# ranges of one position may touch and overlap. The transpose must be exact: the backward trusts it.
 
 
 class Ranges(NamedTuple):
     """Attention ranges, int32, half open. by_query (B, Tq, R, 2) in key positions, by_key (B, Tk, R, 2) in
-    query positions. An empty range is (0, 0)."""
+    query positions. A range is empty if its start is not below its end, like (0, 0)."""
     by_query: Tensor
     by_key: Tensor
 
@@ -120,6 +122,11 @@ def causal_ranges(ranges: Ranges) -> Ranges:
     return Ranges(by_query, by_key)
 
 
+def last_queries(ranges: Ranges, past: int) -> Ranges:
+    """The same keys, seen by the queries from `past` on: the new tokens of a cache."""
+    return Ranges(ranges.by_query[:, past:], (ranges.by_key - past).clamp(min=0))
+
+
 def ranges_to_mask(ranges: Ranges) -> Tensor:
     """The dense boolean mask (B, 1, Tq, Tk) that the ranges describe, True = visible."""
     q = ranges.by_query
@@ -128,14 +135,257 @@ def ranges_to_mask(ranges: Ranges) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# attention: softmax(q k^T / sqrt(hd)) v over the visible keys; grouped queries share a key head.
+# attention: o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i),  s_ij = q_i . k_j / sqrt(hd), over the keys j that query
+# i sees; lse_i = log sum_j exp(s_ij). Grouped queries: G = H / Hkv query heads share one key head.
+#
+# Flash attention (2205.14135) stores neither s nor p. A program owns a tile of queries and walks over blocks of keys
+# with each row's running maximum m and sum l. When m grows to m', what was summed before shrinks by exp(m - m'):
+#
+#     m' = max(m, max_j s_j)    l' = l exp(m - m') + sum_j exp(s_j - m')    acc' = acc exp(m - m') + exp(s - m') v
+#
+# Saved: q, k, v, o and lse, fp32 and in base 2, because exp2 is what the hardware has. The backward recomputes p;
+# with delta_i = do_i . o_i, which is the sum_j p_ij dp_ij of the softmax's Jacobian,
+#
+#     dp = do v^T    ds = p (dp - delta)    dq = ds k / sqrt(hd)    dk = ds^T q / sqrt(hd)    dv = p^T do
+#
+# dq sums over keys: tiles of queries walk over keys, as in the forward. dk and dv sum over queries: tiles of keys
+# walk over the queries that see them (by_key), in all G heads. No output is shared: no atomics, the same bits always.
+#
+# A tile visits only blocks that one of its rows needs: those of the rows' first ranges, then those of their second
+# ranges that it has not visited yet. Rows past the end of a tensor are copies of its last row, so that loads need no
+# mask: as rows of the tile they are not stored, as rows of a block nobody sees them.
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd). mask: (B, 1, Tq, Tk) bool from
-    `ranges_to_mask`, or None: every key, or (causal) every key up to the query."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> Tensor:
+    """The specification: a dense mask. A query that sees nothing gets zeros."""
+    return attention(q, k, v, ranges_to_mask(ranges))
+
+
+@triton.jit
+def _load_rows(x, stride, b, h, rows, n, HD: tl.constexpr):
+    """(len(rows), HD) of head h of x (B, H, n, HD)."""
+    rows = tl.minimum(rows, n - 1)
+    return tl.load(x + b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, HD)[None, :])
+
+
+@triton.jit
+def _store_rows(x, value, stride, b, h, rows, n, HD: tl.constexpr):
+    x += b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, HD)[None, :]
+    tl.store(x, value.to(x.dtype.element_ty), (rows < n)[:, None])
+
+
+@triton.jit
+def _blocks(start, end, BLOCK: tl.constexpr):
+    """Blocks first <= i < last hold these ranges. If all are empty, first is huge and last 0."""
+    some = start < end
+    return tl.min(tl.where(some, start, 1 << 30)) // BLOCK, tl.cdiv(tl.max(tl.where(some, end, 0)), BLOCK)
+
+
+@triton.jit
+def _plan(ranges, b, rows, n, R: tl.constexpr, BLOCK: tl.constexpr):
+    """For a tile of rows of ranges (B, n, R, 2): what each sees and what all see, for `_hide`; which blocks they
+    need, for `_block`; and how many these are."""
+    ranges += (b * n + tl.minimum(rows, n - 1)) * (2 * R)
+    start, end = tl.load(ranges), tl.load(ranges + 1)
+    start2, end2 = tl.load(ranges + 2 * R - 2), tl.load(ranges + 2 * R - 1)     # if R = 1 the same again
+    length, length2 = (tl.maximum(end - start, 0).to(tl.uint32), tl.maximum(end2 - start2, 0).to(tl.uint32))
+    seen = (start, length, start2, length2, tl.max(start), tl.min(end), tl.max(start2), tl.min(end2))
+    first, last = _blocks(start, end, BLOCK)
+    first2, last2 = _blocks(start2, end2, BLOCK)
+    swap = first2 < first                                                       # in order, an empty one last
+    first, last, first2, last2 = (tl.where(swap, first2, first), tl.where(swap, last2, last),
+                                  tl.where(swap, first, first2), tl.where(swap, last, last2))
+    first2 = tl.maximum(first2, last)                                           # no block twice
+    n_first = tl.maximum(last - first, 0)
+    return seen, (first, n_first, first2 - last), n_first + tl.maximum(last2 - first2, 0)
+
+
+@triton.jit
+def _block(plan, i):
+    """The i-th block of a plan: there may be a gap after the first interval."""
+    first, n_first, gap = plan
+    return first + i + tl.where(i < n_first, 0, gap)
+
+
+@triton.jit
+def _hide(s, seen, at, BLOCK: tl.constexpr):
+    """Scores s (rows, BLOCK) of the block that begins at `at`, -inf where a row does not see. In long documents the
+    whole tile sees most blocks, and there is nothing to do."""
+    start, length, start2, length2, all_start, all_end, all_start2, all_end2 = seen
+    if not (((at >= all_start) & (at + BLOCK <= all_end)) | ((at >= all_start2) & (at + BLOCK <= all_end2))):
+        j = at + tl.arange(0, BLOCK)[None, :]
+        s = tl.where(((j - start[:, None]).to(tl.uint32) < length[:, None]) |       # what is negative wraps: large
+                     ((j - start2[:, None]).to(tl.uint32) < length2[:, None]), s, -float('inf'))
+    return s
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, lse_stride, scale, Tq, Tk,
+                   G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+    m = tl.full([BM], -1e30, tl.float32)                        # finite: -inf - -inf would be NaN
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, HD], tl.float32)
+    for i in range(n_blocks):
+        at = _block(plan, i) * BN
+        cols = at + tl.arange(0, BN)
+        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
+        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)             # scale = log2(e) / sqrt(hd)
+        p = tl.exp2(s * scale - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        m, l = m_new, l * shrink + tl.sum(p, 1)
+        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
+    l = tl.where(l > 0, l, 1.0)                                 # a row that sees nothing: acc = 0
+    tl.store(lse + b * lse_stride[0] + h * lse_stride[1] + rows, m + tl.log2(l))
+    _store_rows(o, acc * (1 / l)[:, None], o_stride, b, h, rows, Tq, HD)
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stride, v_stride, o_stride, do_stride,
+                      dq_stride, lse_stride, scale, Tq, Tk,
+                      G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
+    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+    o_tile = _load_rows(o, o_stride, b, h, rows, Tq, HD)
+    do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+    row_at = b * lse_stride[0] + h * lse_stride[1] + rows
+    row_lse = tl.load(lse + row_at)
+    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + row_at, row_delta)                         # for the other kernel
+    acc = tl.zeros([BM, HD], tl.float32)
+    for i in range(n_blocks):
+        at = _block(plan, i) * BN
+        cols = at + tl.arange(0, BN)
+        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
+        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
+        p = tl.exp2(s * scale - row_lse[:, None])
+        ds = p * (tl.dot(do_tile, v_block.T, input_precision='ieee') - row_delta[:, None])
+        acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision='ieee')
+    _store_rows(dq, acc * (scale * 0.6931471805599453), dq_stride, b, h, rows, Tq, HD)      # log 2: 1 / sqrt(hd)
+
+
+@triton.jit(do_not_specialize=['Tq', 'Tk'])
+def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
+                        dv_stride, lse_stride, scale, Tq, Tk,
+                        G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    seen, plan, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
+    k_tile = _load_rows(k, k_stride, b, h_kv, cols, Tk, HD)
+    v_tile = _load_rows(v, v_stride, b, h_kv, cols, Tk, HD)
+    dk_acc = tl.zeros([BN, HD], tl.float32)
+    dv_acc = tl.zeros([BN, HD], tl.float32)
+    for i in range(n_blocks * G):                               # s, p, dp and ds are transposed: (keys, queries)
+        at, h = _block(plan, i // G) * BM, h_kv * G + i % G
+        rows = at + tl.arange(0, BM)
+        row_at = b * lse_stride[0] + h * lse_stride[1] + rows
+        q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+        do_block = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+        s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), seen, at, BM)
+        p = tl.exp2(s * scale - tl.load(lse + row_at)[None, :])
+        dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision='ieee')
+        ds = p * (tl.dot(v_tile, do_block.T, input_precision='ieee') - tl.load(delta + row_at)[None, :])
+        dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision='ieee')
+    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), dk_stride, b, h_kv, cols, Tk, HD)
+    _store_rows(dv, dv_acc, dv_stride, b, h_kv, cols, Tk, HD)
+
+
+# Queries and keys of a tile, num_warps, num_stages, for 16-bit inputs by head_dim: on H100 and B200 (227 KB of shared
+# memory, wgmma), and on smaller cards (99 KB). Nothing spills.
+ATTENTION_TILES = {
+    ('fwd', 64): ((128, 64, 4, 3), (128, 64, 4, 3)), ('fwd', 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
+    ('dq', 64): ((128, 64, 8, 3), (128, 32, 4, 2)), ('dq', 128): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    ('dkdv', 64): ((64, 128, 8, 2), (32, 64, 4, 2)), ('dkdv', 128): ((64, 128, 8, 2), (32, 64, 8, 2)),
+    ('fwd', 256): ((64, 64, 8, 2), (64, 32, 8, 2)), ('dq', 256): ((64, 64, 8, 2), (32, 32, 4, 1)),
+    ('dkdv', 256): ((32, 32, 8, 1), (32, 32, 8, 1))}
+
+
+def _launch_attention(op, kernel, ranges, scale, q, k, *more):
+    """A program per tile of queries (dkdv: of keys), head and row. The kernels take the tensors, the ranges, the
+    strides of every (B, H, T, hd) and those of lse, and the rest."""
+    tensors, (B, H, Tq, HD), (Hkv, Tk) = (q, k, *more), q.shape, k.shape[1:3]
+    BM, BN, num_warps, num_stages = 32, 32, 4, 1                                # fp32: exact, slow
+    if q.dtype != torch.float32:
+        small = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (9, 10)
+        BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)][small]
+    strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
+    grid = (triton.cdiv(Tk, BN), Hkv, B) if op == 'dkdv' else (triton.cdiv(Tq, BM), H, B)
+    kernel[grid](*tensors, ranges, *strides, more[-1].stride()[:2], scale, Tq, Tk, H // Hkv, ranges.shape[2], HD,
+                 BM, BN, num_warps=num_warps, num_stages=num_stages)
+
+
+def _new_attention(x: Tensor) -> Tensor:
+    """Empty, of x's shape (B, H, T, hd), in memory (B, T, H, hd): transposing and flattening the heads is free."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    """(B, H, Tq up to whole tiles): no mask for it either. Zeros, for tiles that no query is in."""
+    return q.new_zeros((*q.shape[:2], triton.cdiv(q.shape[2], 128) * 128), dtype=torch.float32)
+
+
+# Custom operators are opaque to torch.compile, so a compiled block runs the same kernels in the same way.
+@torch.library.custom_op('nanodlm::attention', mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor,
+               scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = _new_attention(q), _new_lse(q)
+    _launch_attention('fwd', _attention_fwd, by_query, scale, q, k, v, o, lse)
+    return o, lse
+
+
+@torch.library.custom_op('nanodlm::attention_backward', mutates_args=())
+def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
+                        lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
+    dq, dk, dv, delta = _new_attention(q), _new_attention(k), _new_attention(v), torch.zeros_like(lse)
+    _launch_attention('dq', _attention_bwd_dq, by_query, scale, q, k, v, o, do, dq, lse, delta)
+    _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta)
+    return dq, dk, dv
+
+
+def _attention_setup(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+_attention.register_fake(lambda q, k, v, by_query, by_key, scale: (_new_attention(q), _new_lse(q)))
+_attention_backward.register_fake(lambda do, q, k, v, *rest: tuple(map(_new_attention, (q, k, v))))
+_attention.register_autograd(                                                   # nobody differentiates lse
+    lambda ctx, do, dlse: (*_attention_backward(do, *ctx.saved_tensors, ctx.scale), None, None, None),
+    setup_context=_attention_setup)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = None, causal: bool = False) -> Tensor:
+    """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd), 0 where a query sees nothing. Views
+    will do, of a fused qkv or a cache: only hd must be contiguous.
+
+    ranges: who sees whom; or a dense mask (B, 1, Tq, Tk), which layers on the torch path share (`ranges_to_mask`); or
+    None: every key, or (causal) every key up to the query. Without ranges there is nothing to skip, cuDNN is hard to
+    beat, and the call is PyTorch's. Other head_dims than 16, 32, 64, 128 and 256 are padded, at the price of copies."""
+    if not isinstance(ranges, Ranges):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=ranges, is_causal=causal,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    (B, H, Tq, hd), (_, Hkv, Tk, _), R = q.shape, k.shape, ranges.by_query.shape[2]
+    assert k.shape == v.shape == (B, Hkv, Tk, hd) and H % Hkv == 0 and hd <= 256, f"{q.shape=} {k.shape=} {v.shape=}"
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1, f"{q.stride()=} {k.stride()=} {v.stride()=}"
+    shapes = [tuple(r.shape) for r in ranges]
+    assert shapes == [(B, Tq, R, 2), (B, Tk, R, 2)] and R <= 2, f"{shapes=} {q.shape=} {k.shape=}"
+    assert not causal, "with ranges, causal order is in them: causal_ranges"
+    if not runs_triton(q): return attention_ref(q, k, v, ranges)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    pad = max(16, 1 << (hd - 1).bit_length()) - hd
+    if pad: q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
+    scale = hd ** -0.5 * math.log2(math.e)
+    return _attention(q, k, v, ranges.by_query.contiguous(), ranges.by_key.contiguous(), scale)[0][..., :hd]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,7 +483,7 @@ _rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_save)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) -> (..., D) in x's dtype."""
     assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
-    if not _runs_triton(x): return rms_norm_ref(x, weight, eps)
+    if not runs_triton(x): return rms_norm_ref(x, weight, eps)
     return _rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, eps)[0].view(x.shape)
 
 
@@ -241,7 +491,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """s = x + residual: (rms_norm(s), s). x and residual (..., D) of one dtype."""
     assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
     assert (residual.shape, residual.dtype) == (x.shape, x.dtype), f"{x.shape=} {residual.shape=} {residual.dtype=}"
-    if not _runs_triton(x): return add_rms_norm_ref(x, residual, weight, eps)
+    if not runs_triton(x): return add_rms_norm_ref(x, residual, weight, eps)
     rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
     y, s, _ = _rms_norm(*rows, weight, eps)
     return y.view(x.shape), s.view(x.shape)
@@ -399,7 +649,7 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int,
     assert heads == n_head + 2 * n_kv_head and hd % 2 == 0, f"{qkv.shape=} {n_head=} {n_kv_head=}"
     assert cos.shape == sin.shape == (B, T, hd // 2), f"{qkv.shape=} {cos.shape=} {sin.shape=}"
     assert (q_weight is None) == (k_weight is None), "norms on both q and k, or on neither"
-    if not _runs_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
+    if not runs_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
     return _rope_qkv(qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous(), q_weight, k_weight,
                      n_head, n_kv_head, eps)[:3]
 
@@ -465,7 +715,7 @@ _swiglu.register_autograd(lambda ctx, dy: _swiglu_grad(dy.contiguous(), *ctx.sav
 def swiglu(gate_up: Tensor) -> Tensor:
     """(..., 2F), gate first -> (..., F)."""
     assert gate_up.shape[-1] % 2 == 0, f"{gate_up.shape=}"
-    if not _runs_triton(gate_up): return swiglu_ref(gate_up)
+    if not runs_triton(gate_up): return swiglu_ref(gate_up)
     y = _swiglu(gate_up.reshape(-1, gate_up.shape[-1]).contiguous())
     return y.view(*gate_up.shape[:-1], y.shape[1])
 
@@ -574,7 +824,7 @@ def _add_outer(total, dz, h):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, a, b, skip_col, chunk):
-        rows_kernel = _ce_rows_triton if _runs_triton(h) else _ce_rows_torch
+        rows_kernel = _ce_rows_triton if runs_triton(h) else _ce_rows_torch
         ce, w = torch.empty_like(a), torch.empty_like(a)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight, grad = None, any(ctx.needs_input_grad[:2])
@@ -611,7 +861,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
     assert a.dtype == torch.float32 and (b is None or (b.dtype, b.shape) == (a.dtype, a.shape)), f"{a.dtype=}"
     if not torch.is_grad_enabled(): h, weight = h.detach(), weight.detach()      # no gradient work in forward
     if torch.is_autocast_enabled(h.device.type): h = h.to(torch.get_autocast_dtype(h.device.type))
-    logits = (5 << 29) // h.element_size() if _runs_triton(h) else 1 << 27
+    logits = (5 << 29) // h.element_size() if runs_triton(h) else 1 << 27
     n_chunks = -(-len(h) // max(logits // len(weight), 1))
     chunk = chunk or max(-(-len(h) // max(n_chunks, 1)), 1)                     # of equal size
     with torch.autocast(h.device.type, enabled=False):
@@ -694,7 +944,7 @@ def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor, rows: Te
     for at, x in ((rows, student), (teacher_rows, teacher)):
         assert len(weights) == len(x if at is None else at), f"{weights.shape=} {x.shape=}"
     teacher = teacher.detach()
-    if not _runs_triton(student): return cosine_alignment_ref(student, teacher, weights, rows, teacher_rows, eps)
+    if not runs_triton(student): return cosine_alignment_ref(student, teacher, weights, rows, teacher_rows, eps)
     every = torch.arange(len(weights), device=weights.device) if rows is None or teacher_rows is None else None
     return _CosineAlignment.apply(student.contiguous(), teacher.contiguous(), weights.contiguous(),
                                   every if rows is None else rows, every if teacher_rows is None else teacher_rows, eps)
@@ -817,7 +1067,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tens
     B, _, D = x.shape
     assert scale.shape == shift.shape == (B, D), f"{x.shape=} {scale.shape=} {shift.shape=}"
     assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
-    if not _runs_triton(x): return modulate_ref(x, scale, shift, eps)
+    if not runs_triton(x): return modulate_ref(x, scale, shift, eps)
     return _modulate(x.contiguous(), scale.contiguous(), shift.contiguous(), eps)[0]
 
 
@@ -826,7 +1076,7 @@ def gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     B, _, D = x.shape
     assert (h.shape, h.dtype) == (x.shape, x.dtype), f"{x.shape=} {h.shape=} {x.dtype=} {h.dtype=}"
     assert gate.shape == (B, D), f"{x.shape=} {gate.shape=}"
-    if not _runs_triton(x): return gated_add_ref(x, h, gate)
+    if not runs_triton(x): return gated_add_ref(x, h, gate)
     return _gated_add(x.contiguous(), h.contiguous(), gate.contiguous())
 
 

@@ -208,11 +208,10 @@ class Transformer(nn.Module):
         if pos is None: pos = torch.arange(past, past + T, device=ids.device).expand(B, T)
         causal, mask = self.cfg.causal, None
         if causal and past and ranges is None:          # SDPA's causal flag counts queries from the first key
-            everything = K.causal_ranges(K.document_ranges(ids.new_zeros(B, past + T)))
-            ranges = K.Ranges(everything.by_query[:, past:], everything.by_key)
+            ranges = K.last_queries(K.causal_ranges(K.document_ranges(ids.new_zeros(B, past + T))), past)
         if ranges is not None:
             if causal and not cache: ranges = K.causal_ranges(ranges)
-            mask, causal = K.ranges_to_mask(ranges), False
+            mask, causal = ranges if K.runs_triton(ids) else K.ranges_to_mask(ranges), False      # for all layers
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -74,8 +74,8 @@ def smollm2():
     return table(*rows)
 
 
-# Percent, as in the README of github.com/pengzhangzhi/Open-dLLM; not measured by us. Their infilling average is the one
-# over holes of fixed lengths; "oracle" knows the answer's length.
+# Percent, as in the README of github.com/pengzhangzhi/Open-dLLM; not measured by us. Their infilling average is over
+# holes of fixed lengths; "oracle" knows the answer's length.
 PUBLISHED = {
     'Open-dCoder 0.5B': dict(humaneval=(20.8, 38.4), mbpp=(16.7, 38.4), infill=(32.5, 77.4), santacoder=(29.6, 56.4)),
     'LLaDA 8B': dict(humaneval=(35.4, 50.0), mbpp=(38.8, 53.4), infill=(48.3, None), santacoder=(35.1, None)),
