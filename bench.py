@@ -6,17 +6,17 @@
     python bench.py train --profile=true    # where the milliseconds of our step go; a chrome trace in out_dir
     python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
-    python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 \\
-        --batch=4 --seq_len=64 --warmup=1 --steps=2 --peers=hf_eager,ours_eager       # a rehearsal
+    python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 --batch=4 \\
+        --seq_len=64 --warmup=1 --steps=2 --peers=hf_eager,ours_eager               # a rehearsal
 
 Every peer is a process. All start together, then take turns on the device, A B ... B A; who waits keeps its weights
 on the CPU. Same weights, ids, masks and t for all; fp32 masters, bf16 autocast; a step is forward, backward, clipping
 to 1.0, fused AdamW, zero_grad. Noise and attention masks are made before the clock starts. A time counts only if loss
-and gradient agree with an fp32 reference computed row by row. MFU counts what has to be computed, for everybody: the
-head at masked rows, attention inside documents.
+and gradient agree with an fp32 reference computed row by row. MFU counts what has to be computed, the same for all:
+the head at masked rows, attention inside documents.
 """
 import gc
-import importlib.metadata
+import importlib
 import inspect
 import math
 import multiprocessing
@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -49,12 +50,10 @@ PEERS = dict(                                   # compact: only masked rows reac
     liger=dict(liger='as shipped'),
     liger_compact=dict(liger='as shipped', compact=True),
     liger_tuned=dict(liger='tuned', compact=True),
-    flex=dict(attn='flex', compiled=True, compact=True),        # these two need packed rows
+    flex=dict(attn='flex', compiled=True, compact=True),        # these two for packed rows only
     varlen=dict(attn='varlen', compiled=True, compact=True),
     ours_eager=dict(),
     ours=dict(compiled=True))
-DENSE = 'hf_eager,hf_eager_compact,hf_compile,hf_compile_compact,liger,liger_compact,liger_tuned,ours_eager,ours'
-PACKED = 'hf_eager,hf_compile_compact,flex,varlen,liger_tuned,ours_eager,ours'
 
 # ---- the common task ---------------------------------------------------------------------------------------
 
@@ -65,51 +64,54 @@ def model_config(c):
 
 
 def make_batch(c, B):
-    """Random ids with MDM's noise, a function of the seed alone. Documents have lognormal lengths of mean doc_len
-    if packed, else each is a row. The mask token is the last id."""
+    """Random ids with MDM's noise, a function of the seed alone. The mask token is the last id. A row is one document,
+    or (packed) several, of lognormal lengths with mean doc_len."""
     rng, T = np.random.default_rng(c.seed), c.seq_len
     doc, pos = np.zeros((B, T), np.int64), np.tile(np.arange(T), (B, 1))
     for b in range(B if c.packed else 0):
         ends = np.cumsum(rng.lognormal(math.log(c.doc_len) - 0.5, 1.0, T).astype(int) + 2)
         doc[b] = np.searchsorted(ends, np.arange(T), side='right')
         pos[b] -= np.concatenate([[0], ends])[doc[b]]
-    ids = rng.integers(0, c.vocab_size - 1, (B, T))
-    ids, doc, pos = map(torch.from_numpy, (ids, doc, pos))
-    batch = Batch(ids, K.document_ranges(doc) if c.packed else None, pos, doc, pos > 0, torch.arange(B),
-                  int((pos > 0).sum()))
+    ids, doc, pos = map(torch.from_numpy, (rng.integers(0, c.vocab_size - 1, (B, T)), doc, pos))
+    target = pos > 0
+    ranges = K.document_ranges(doc) if c.packed else None
+    batch = Batch(ids, ranges, pos, doc, target, torch.arange(B), int(target.sum()))
     with torch.device('meta'): objective = MDM(Transformer(model_config(c)), c.vocab_size - 1)
     return objective.prepare(batch, c.seed)
 
 
+def visible_pairs(doc):
+    """(query, key) pairs inside the documents."""
+    return sum(int(n) ** 2 for row in doc.cpu() for n in row.bincount())
+
+
 def step_flops(c, batch):
-    """6 per weight and token, the head at masked rows only, 12 H hd per layer and visible pair (query, key)."""
+    """6 per weight and token, the head at masked rows only, 12 H hd per layer and visible pair."""
     with torch.device('meta'): weights = Transformer(model_config(c)).n_params(embedding=False)
-    pairs = sum(int(n) ** 2 for row in batch.doc for n in row.bincount())
-    return 6 * (weights * batch.ids.numel() + float(batch.noise['real'].sum()) * c.vocab_size * c.n_embd
-                ) + 12 * c.n_layer * c.n_embd * pairs
+    head = float(batch.noise['real'].sum()) * c.vocab_size * c.n_embd
+    return 6 * (weights * batch.ids.numel() + head) + 12 * c.n_layer * c.n_embd * visible_pairs(batch.doc)
 
 
-# ---- peers -------------------------------------------------------------------------------------------------
+# ---- what the peers are made of ----------------------------------------------------------------------------
 
 
 class LigerCE(torch.autograd.Function):
-    """sum_i w_i CE_i by Liger's fused kernel with the weights folded into the gradient of its forward. Its public
-    reduction='none' runs the head a second time in the backward (0.8) or is wrong (0.7). As shipped, under autocast,
-    it casts the fp32 head in every chunk of 128 rows; tuned: a bf16 head, fp32 sums, chunks of 2,048 rows."""
+    """sum_i w_i CE_i by Liger's fused kernel, the weights folded into the gradient that its forward computes. Its
+    public reduction='none' computes the logits again in the backward (0.8) or is wrong (0.7). As shipped, it casts an
+    fp32 head in every chunk of 128 rows; tuned: a bf16 head, fp32 sums, chunks of 2,048 rows."""
     @staticmethod
     def forward(ctx, h, head, targets, w, tuned):
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
         more = dict(accum_dtype=torch.float32, chunk_mem_const=16) if tuned else {}
-        ce, _, _, _, dh, dhead, _ = fused_linear_cross_entropy_forward(
+        ce, _, _, _, *grads, _ = fused_linear_cross_entropy_forward(
             h, head, targets, reduction='none', token_grad_output=w, compute_gradients=True,
             weight_requires_grad=True, **more)
-        ctx.save_for_backward(dh, dhead)
+        ctx.save_for_backward(*grads)
         return (ce * w).sum()
 
     @staticmethod
     def backward(ctx, g):
-        dh, dhead = ctx.saved_tensors
-        return dh * g.to(dh.dtype), dhead * g.to(dhead.dtype), None, None, None
+        return *(grad * g.to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 
 def flex(module, q, k, v, mask, **unused):
@@ -127,16 +129,16 @@ def varlen(module, q, k, v, mask, **unused):
 
 
 def attention_mask(kind, doc):
-    """What the attention of that kind takes as its mask: doc (B, T), one document per row -> None."""
+    """What the attention of that kind takes as its mask. doc (B, T); one document per row: None for SDPA."""
     B, T = doc.shape
     if kind == 'flex':
         from torch.nn.attention.flex_attention import create_block_mask
         return create_block_mask(lambda b, h, i, j: doc[b, i] == doc[b, j], B, None, T, T, device=doc.device)
     if kind == 'varlen':
-        new = F.pad(doc.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().squeeze(1)
-        starts = F.pad(new, (0, 1), value=doc.numel()).int()
+        first = F.pad(doc.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().squeeze(1)
+        starts = F.pad(first, (0, 1), value=doc.numel()).int()
         return starts, int(starts.diff().max())
-    return (doc[:, :, None] == doc[:, None])[:, None] if doc.any() else None            # SDPA: (B, 1, T, T)
+    return (doc[:, :, None] == doc[:, None])[:, None] if doc.any() else None            # (B, 1, T, T)
 
 
 def load_hf(weights, spec):
@@ -152,49 +154,46 @@ def load_hf(weights, spec):
     return model
 
 
-def hf_loss(model, batch, spec, residual, first=0, last=None):
-    """-> loss(): sum of w CE over the masked tokens of rows first..last of the batch, with the usual building blocks.
-    Compact rows are padded to a multiple of 64, which the matrix units want."""
-    noise, T, mask_id = batch.noise, batch.ids.shape[1], model.config.vocab_size - 1
-    last = last or len(batch.ids)
-    xt, pos = noise['xt'][first:last], batch.pos[first:last]
+def hf_loss(model, batch, spec, residual='fp32', first=0, last=None):
+    """-> loss(): sum of w CE over the masked tokens of rows first..last, from the usual building blocks. Compact rows
+    are padded to a multiple of 64, which matrix units want."""
+    noise, T, last = batch.noise, batch.ids.shape[1], last or len(batch.ids)
+    xt, pos, targets = noise['xt'][first:last], batch.pos[first:last], batch.ids[first:last].flatten()
     mask = {'full_attention': attention_mask(spec.get('attn'), batch.doc[first:last])}  # a dict is taken as it is
     mine = (noise['real'] > 0) & (noise['rows'] // T >= first) & (noise['rows'] // T < last)
     rows, w = noise['rows'][mine] - first * T, noise['a'][mine]
-    targets = batch.ids[first:last].flatten()
     if spec.get('compact'):
-        pad = (0, -len(rows) % 64)
-        rows, w = F.pad(rows, pad), F.pad(w, pad)
+        rows, w = (F.pad(x, (0, -len(x) % 64)) for x in (rows, w))
         targets = targets[rows]
-    else: rows, w = None, torch.zeros(targets.shape, device=w.device).index_add_(0, rows, w)
-    if spec.get('liger'): targets = torch.where(w > 0, targets, -100)
-    tuned = spec.get('liger') == 'tuned'
+    else: rows, w = slice(None), torch.zeros(targets.shape, device=w.device).index_add_(0, rows, w)
+    liger, tuned, mask_id = spec.get('liger'), spec.get('liger') == 'tuned', model.config.vocab_size - 1
+    if liger: targets = torch.where(w > 0, targets, -100)
 
     def loss():
         x = model.model.embed_tokens(xt)
-        if residual != 'fp32': x = x.to(getattr(torch, residual))
+        if residual == 'bf16': x = x.bfloat16()
         h = model.model(inputs_embeds=x, position_ids=pos, attention_mask=mask, use_cache=False).last_hidden_state
-        h = h.flatten(0, 1) if rows is None else h.flatten(0, 1)[rows]
-        if spec.get('liger'):
-            head = model.lm_head.weight
-            if tuned: h, head = h.bfloat16(), head.bfloat16()
-            return LigerCE.apply(h, head, targets, w, tuned)            # keeps the mask column: 1 of V
+        h, head = h.flatten(0, 1)[rows], model.lm_head.weight
+        if tuned: h, head = h.bfloat16(), head.bfloat16()
+        if liger: return LigerCE.apply(h, head, targets, w, tuned)      # with the mask column: one of V
         z = model.lm_head(h).float()
-        z.detach()[:, mask_id] = -torch.inf         # never predicted, as in ours; its gradient is softmax = 0 anyway
+        z.detach()[:, mask_id] = -torch.inf         # never predicted, as in ours; free: the softmax there is 0
         return (F.cross_entropy(z, targets, reduction='none') * w).sum()
     return torch.compile(loss, dynamic=False) if spec.get('compiled') else loss
+
+
+# ---- a peer and its process --------------------------------------------------------------------------------
 
 
 class Peer:
     """One way to take the step. Lives in its own process, where `serve` calls its methods."""
 
     def __init__(self, name, config, weights):
-        c, self.spec = SimpleNamespace(**config), PEERS.get(name, {})
-        self.c, self.ours, self.opt, self.loss = c, name.startswith('ours'), None, None
-        self.on_gpu = c.device == 'cuda'
+        self.c, self.spec, self.ours = SimpleNamespace(**config), PEERS.get(name, {}), name.startswith('ours')
+        self.on_gpu, self.opt, self.loss = self.c.device == 'cuda', None, None
         self.autocast = torch.autocast('cuda', torch.bfloat16) if self.on_gpu else nullcontext()
         self.model = Transformer.from_pretrained(weights) if self.ours else load_hf(weights, self.spec)
-        if self.ours: self.obj = MDM(self.model, c.vocab_size - 1)
+        if self.ours: self.obj = MDM(self.model, self.c.vocab_size - 1)
         self.model.train()
         self.params = list(self.model.parameters())
         if self.on_gpu: torch.set_num_threads(1)                        # as train.py
@@ -206,10 +205,9 @@ class Peer:
         self.model.to(self.c.device)
         batch = make_batch(self.c, B).to(self.c.device)
         if not self.ours: self.loss = hf_loss(self.model, batch, self.spec, self.c.residual)
-        else:
-            if self.spec.get('compiled'):
-                for block in self.model.layers: block.compile(dynamic=False)
-            self.loss = lambda: self.obj(batch)[0]
+        else: self.loss = lambda: self.obj(batch)[0]
+        if self.ours and self.spec.get('compiled'):                     # as train.py
+            for block in self.model.layers: block.compile(dynamic=False)
 
     def park(self):
         """Give the device back."""
@@ -224,7 +222,7 @@ class Peer:
         self.model.to(self.c.device)
         batch, total = make_batch(self.c, B).to(self.c.device), 0.0
         for i in range(B):
-            loss = hf_loss(self.model, batch, dict(compact=True), 'fp32', i, i + 1)()
+            loss = hf_loss(self.model, batch, dict(compact=True), first=i, last=i + 1)()
             loss.backward()
             total += loss.item()
         save_file({n: p.grad for n, p in self.model.named_parameters()}, file, metadata=dict(loss=repr(total)))
@@ -241,11 +239,10 @@ class Peer:
     def gate(self, B, file):
         """Loss and gradient of the first step against the reference, and how long that step took (compilation)."""
         self.setup(B)
-        self.wait(); started = time.time()
+        started = time.time()
         with self.autocast: loss = self.loss()
         loss.backward()
-        self.wait(); seconds = time.time() - started
-        facts = compare(loss.item(), self.gradients(), file) | dict(first_step_s=seconds)
+        facts = compare(loss.item(), self.gradients(), file) | dict(first_step_s=time.time() - started)
         for p in self.params: p.grad = None
         return facts
 
@@ -256,54 +253,43 @@ class Peer:
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
 
-    def wait(self):
-        if self.on_gpu: torch.cuda.synchronize()
-
-    def warm(self, n):
-        """Weights on the device, an optimizer, n steps."""
+    def run(self, warmup, steps):
+        """-> milliseconds of each step, between events on the device, and the peak of its memory meanwhile."""
         self.model.to(self.c.device)
         if self.opt is None:
             groups = [dict(params=[p for p in self.params if p.ndim >= 2], weight_decay=0.1),
                       dict(params=[p for p in self.params if p.ndim < 2], weight_decay=0.0)]
             self.opt = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=self.on_gpu)
-        for _ in range(n): self.step()
-
-    def time(self, warmup, steps):
-        """Milliseconds of each step, between events on the device, and the peak of its memory meanwhile."""
-        self.warm(warmup)
-        self.wait()
+        for _ in range(warmup): self.step()
         if not self.on_gpu:
             marks = [time.perf_counter()]
             for _ in range(steps): self.step(); marks.append(time.perf_counter())
             return dict(ms=(np.diff(marks) * 1e3).tolist(), peak_gib=None)
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         marks[0].record()
         for mark in marks[1:]: self.step(); mark.record()
-        self.wait()
-        ms = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
-        return dict(ms=ms, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+        torch.cuda.synchronize()
+        return dict(ms=[a.elapsed_time(b) for a, b in zip(marks, marks[1:])],
+                    peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
     def memory(self, B):
-        """Peak GiB of three steps, None if they do not fit."""
+        """Peak GiB of a step, None if it does not fit."""
         try:
             self.setup(B)
-            self.warm(1)
-            return self.time(1, 1)['peak_gib']
+            return self.run(2, 1)['peak_gib']
         except RuntimeError as e:                                       # torch.OutOfMemoryError, cuBLAS's own
             if not re.search('out of memory|ALLOC_FAILED', str(e)): raise
         finally:
             self.loss = None
-            self.park()                                                 # after a failure, too
+            self.park()
         return None
 
     def profile(self, steps, trace=''):
         """[(kernel, ms per step, calls per step)], longest first; `trace`: a chrome trace of these steps."""
-        self.warm(2)
-        self.wait()
-        with torch.profiler.profile() as prof:
-            for _ in range(steps): self.step()
-            self.wait()
+        self.run(1, 1)
+        with torch.profiler.profile() as prof: self.run(0, steps)
         if trace: prof.export_chrome_trace(trace)
         spent = [(e.key, (e.self_device_time_total if self.on_gpu else e.self_cpu_time_total) / 1e3 / steps,
                   e.count / steps) for e in prof.key_averages()
@@ -313,39 +299,36 @@ class Peer:
 
 def compare(loss, grads, file):
     """Against the reference in `file`: relative differences of loss and gradient norm, cosine of the whole gradient,
-    the worst cosine of one tensor (not part of the gate: some gradients are almost zero)."""
-    dot = norm = ref_norm = 0.0
-    worst = (1.0, '')
+    the worst cosine of a tensor (for information: some gradients are almost zero)."""
+    sums, worst = np.zeros(3), (1.0, '')
     with safe_open(file, 'pt') as f:
-        ref_loss = float(f.metadata()['loss'])
+        loss_rel = loss / float(f.metadata()['loss']) - 1
         if set(f.keys()) != set(grads): raise RuntimeError(f"other parameters: {set(f.keys()) ^ set(grads)}")
         for name, g in grads.items():
             g, r = g.flatten().double(), f.get_tensor(name).to(g.device).flatten().double()
-            gr, gg, rr = (g @ r).item(), (g @ g).item(), (r @ r).item()
-            dot, norm, ref_norm = dot + gr, norm + gg, ref_norm + rr
-            worst = min(worst, (gr / math.sqrt(gg * rr) if gg * rr > 0 else float(gg == rr), name))
-    facts = dict(loss=loss, loss_rel=loss / ref_loss - 1, norm_rel=math.sqrt(norm / ref_norm) - 1,
-                 cosine=dot / math.sqrt(norm * ref_norm) if norm > 0 else 0.0, worst_cosine=list(worst))
-    return facts | dict(agrees=abs(facts['loss_rel']) < 2e-3 and abs(facts['norm_rel']) < 0.01
-                        and facts['cosine'] > 0.999)
+            gr, gg, rr = ((x @ y).item() for x, y in ((g, r), (g, g), (r, r)))
+            sums += gr, gg, rr
+            worst = min(worst, (gr / math.sqrt(max(gg * rr, 1e-300)), name))
+    norm_rel, cosine = math.sqrt(sums[1] / sums[2]) - 1, float(sums[0] / math.sqrt(max(sums[1] * sums[2], 1e-300)))
+    return dict(loss=loss, loss_rel=loss_rel, norm_rel=norm_rel, cosine=cosine, worst_cosine=list(worst),
+                agrees=abs(loss_rel) < 2e-3 and abs(norm_rel) < 0.01 and cosine > 0.999)
 
 
 def serve(conn, *args):
-    """The process of a peer: answer (method, arguments) until None comes. Errors are answers."""
+    """The process of a peer: answer (method, arguments) until None comes. Errors are answers: the others go on."""
     torch.set_num_threads(2)                                            # while all of them load
     peer = failure = None
     try: peer = Peer(*args)
-    except (Exception, SystemExit) as e: failure = f'{type(e).__name__}: {e}'       # the others go on
+    except (Exception, SystemExit) as e: failure = f'{type(e).__name__}: {e}'
     while (request := conn.recv()) is not None:
-        method, values = request
         try:
             if failure: raise RuntimeError(failure)
-            conn.send((True, getattr(peer, method)(*values)))
-        except (Exception, SystemExit) as e: conn.send((False, f'{type(e).__name__}: {e}'[:500]))
+            conn.send((True, getattr(peer, request[0])(*request[1])))
+        except (Exception, SystemExit) as e: conn.send((False, f'{type(e).__name__}: {e}'))
 
 
 class Remote:
-    """A Peer in a process of its own."""
+    """A Peer in a process of its own: its methods, by name."""
     def __init__(self, *args):
         spawn = multiprocessing.get_context('spawn')
         self.conn, theirs = spawn.Pipe()
@@ -353,326 +336,307 @@ class Remote:
         self.process.start()
         theirs.close()
 
-    def __getattr__(self, method):
-        def call(*values):
-            try:
-                self.conn.send((method, values))
-                ok, answer = self.conn.recv()
-            except (EOFError, OSError):
-                self.process.join(10)
-                raise RuntimeError(f"the process died with exit code {self.process.exitcode}") from None
-            if not ok: raise RuntimeError(answer)
-            return answer
-        return call
+    def ask(self, method, *values):
+        try:
+            self.conn.send((method, values))
+            ok, answer = self.conn.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            raise RuntimeError(f"the process died, exit code {self.process.exitcode}") from None
+        if not ok: raise RuntimeError(' '.join(answer.split())[:300])
+        return answer
 
     def close(self):
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join()
+        try: self.conn.send(None)
+        except OSError: pass                                            # it is gone
+        self.process.join(10)
+        if self.process.is_alive(): self.process.kill()
 
 
 # ---- train and memory --------------------------------------------------------------------------------------
 
 
-def run_peers(c, config, names, report):
-    """Take turns. report(rows) is called after every turn, so that an interrupted run leaves what it has."""
+def run_peers(c):
+    """Let the peers take turns; after every turn yield its name and all rows so far."""
+    names, train = c.peers.split(','), c.what == 'train'
     rows = {name: dict(peer=name, batch=c.batch, ms=[], round_ms=[]) for name in names}
     with TemporaryDirectory() as tmp:
         torch.manual_seed(c.seed)
         Transformer(model_config(c)).save_pretrained(tmp)
-        file, gated = f'{tmp}/reference.safetensors', c.what == 'train'
-        peers = {name: Remote(name, config, tmp) for name in [*['reference'] * gated, *names]}
+        file = f'{tmp}/reference.safetensors'
+        peers = {name: Remote(name, vars(c), tmp) for name in [*['reference'] * train, *names]}
         try:
-            if gated: peers['reference'].reference(c.batch, file)
-            for i in range(c.rounds if gated else 1):
+            if train: peers['reference'].ask('reference', c.batch, file)
+            for i in range(c.rounds if train else 1):
                 for name in names[::-1] if i % 2 else names:
                     if 'error' in rows[name]: continue
-                    try: take_turn(c, peers[name], rows[name], i, file)
+                    try: take_turn(c, peers[name].ask, rows[name], i == 0, file)
                     except RuntimeError as e:
                         rows[name]['error'] = str(e)
                         peers[name].close()                             # frees whatever it holds
-                    report(list(rows.values()))
+                    yield name, list(rows.values())
         finally:
             for peer in peers.values(): peer.close()
 
 
-def take_turn(c, peer, row, i, file):
-    """Turn i of one peer: the gate and the search for a size at the first, then the clock."""
-    if c.what == 'memory' or c.largest and i == 0:
-        if c.what == 'train': row.update(peer.gate(c.batch, file))
-        row['peaks'] = peaks = search(peer.memory, 1 if c.what == 'memory' else c.batch, c.max_batch)
-        row['batch'] = max((B for B, peak in peaks.items() if peak is not None), default=0)
-        if c.what == 'memory': return
-        if not row['batch']: raise RuntimeError(f"not even {c.batch} rows fit")
-        peer.setup(row['batch'])
-    elif i == 0: row.update(peer.gate(c.batch, file))
-    got = peer.time(c.warmup, c.steps)
+def take_turn(c, ask, row, is_first, file):
+    """The gate and the search for a size in a peer's first turn, then the clock."""
+    train = c.what == 'train'
+    if is_first and train: row.update(ask('gate', c.batch, file))
+    if is_first and (c.largest or not train):
+        if train: ask('park')
+        row['peaks'] = search(lambda B: ask('memory', B), c.batch if train else 1, c.max_batch)
+        row['batch'] = max((B for B, peak in row['peaks'].items() if peak is not None), default=0)
+        if not row['batch']: raise RuntimeError("no micro-batch fits")
+        if train: ask('setup', row['batch'])
+    if not train: return
+    got = ask('run', c.warmup, c.steps)
     row['ms'] += got['ms']
     row['round_ms'].append(statistics.median(got['ms']))
-    row['peak_gib'] = max(got['peak_gib'] or 0, row.get('peak_gib') or 0) or None
-    if i == 0:
-        trace = c.profile and f"{c.out_dir}/{row['peer']}.trace.json.gz"
-        spent = peer.profile(3, trace or '')
-        row['attention'] = sorted({short(k) for k, ms, _ in spent if group(k) == 'attention' and ms > 0.01})
-        if c.profile: print(profile_table(spent), f"trace: {trace}", sep='\n')
-    peer.park()
-    low, ms, high = np.percentile(row['ms'], [10, 50, 90])
-    batch = make_batch(c, row['batch'])
-    row.update(median_ms=ms, p10_ms=low, p90_ms=high, tokens_per_s=batch.ids.numel() / ms * 1e3,
-               mfu=step_flops(c, batch) / ms * 1e3 / (c.peak_tflops * 1e12) if c.device == 'cuda' else None)
+    row['peak_gib'] = got['peak_gib'] and max(got['peak_gib'], row.get('peak_gib', 0))
+    if is_first:
+        trace = f"{c.out_dir}/{row['peer']}.trace.json.gz" if c.profile else ''
+        spent = ask('profile', 3 if trace else 1, trace)
+        row['attention'] = [k for k, ms, _ in spent if kind(k) == 'attention' and ms > 0.01]
+        if trace: print(profile_table(spent), f'trace: {trace}', sep='\n')
+    ask('park')
+    row.update(zip(('p10_ms', 'median_ms', 'p90_ms'), np.percentile(row['ms'], [10, 50, 90]).tolist()))
+    per_s, batch = 1e3 / row['median_ms'], make_batch(c, row['batch'])
+    row.update(tokens_per_s=batch.ids.numel() * per_s, mfu=step_flops(c, batch) * per_s / c.peak_tflops / 1e12)
 
 
 def search(peak_of, start, most):
     """{rows: peak GiB, or None where they do not fit}: doubling up to `most`, then bisection until what fits and what
-    does not are within 1/16."""
+    does not are within 1/8."""
     tried, B = {}, start
     while True:
         tried[B] = peak_of(B)
-        fit = max((b for b, peak in tried.items() if peak is not None), default=0)
-        bad = min((b for b, peak in tried.items() if peak is None), default=None)
-        if bad is None and fit == most or bad == 1 or bad and fit and bad - fit <= max(1, fit // 16): return tried
-        B = min(2 * fit, most) if bad is None else (fit + bad) // 2
+        fits = max((b for b in tried if tried[b] is not None), default=0)
+        bad = min((b for b in tried if tried[b] is None), default=0)
+        if bad - fits <= max(1, fits // 8) if bad else fits == most: return tried
+        B = (fits + bad) // 2 if bad else min(2 * fits, most)
 
 
-KINDS = dict(attention='flash|fmha|sdpa|attention|attn|flex', matmul='gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|::bmm',
-             optimizer='adam|multi_tensor|lpnorm', copies='memcpy|memset|copy_', fused='triton', other='')
+KINDS = dict(fused='triton_(poi|per|red)', attention='flash|fmha|sdpa|attention|attn|flex',
+             matmul='gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|::bmm', optimizer='adam|multi_tensor|lpnorm',
+             copies='memcpy|memset|copy_', triton='triton|^_', other='')
 
 
-def group(kernel):
-    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel.lower()))
-
-
-def short(kernel):
-    """Without template arguments, return type and namespaces."""
-    name = re.sub(r'\(.*', '', re.sub(r'<.*', '', kernel.removeprefix('void ')))
-    return name.split('::')[-1][:80] or kernel[:80]
+def kind(kernel):
+    return next(k for k, pattern in KINDS.items() if re.search(pattern, kernel.lower()))
 
 
 def profile_table(spent, n=15):
+    kinds = [(f'all {k}', sum(ms for name, ms, _ in spent if kind(name) == k), None) for k in KINDS]
     total = sum(ms for _, ms, _ in spent)
-    kinds = {kind: sum(ms for k, ms, _ in spent if group(k) == kind) for kind in KINDS}
-    return table([('kernel', 'ms/step', 'share', 'calls')]
-                 + [(short(k), f'{ms:.2f}', f'{ms / total:.1%}', f'{calls:.0f}') for k, ms, calls in spent[:n]]
-                 + [(f'all {kind}', f'{ms:.2f}', f'{ms / total:.1%}', '') for kind, ms in kinds.items() if ms]
-                 + [('everything', f'{total:.2f}', '', '')])
+    rows = [dict(name=name[:80], ms=ms, share=ms / total, calls=calls)
+            for name, ms, calls in [*spent[:n], *kinds, ('everything', total, None)] if ms]
+    return table(rows, {'kernel': '{name}', 'ms/step': '{ms:.2f}', 'share': '{share:.1%}', 'calls': '{calls:.0f}'})
 
 
-def table(rows):
-    """Aligned columns; the first row is the head."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(f'{cell!s:{w}}' if i == 0 else f'{cell!s:>{w}}' for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in rows]
-    return '\n'.join(line.rstrip() for line in lines)
-
-
-def number(value, form):
-    return '-' if value is None else format(value, form)
+def table(rows, columns):
+    """columns: {head: format of a row's keys}. '-' where a row has no such number; errors below."""
+    def cell(row, form):
+        try: return form.format(**row)
+        except (KeyError, TypeError): return '-'
+    grid = [list(columns), *([cell(row, form) for form in columns.values()] for row in rows if 'error' not in row)]
+    widths = [max(map(len, column)) for column in zip(*grid)]
+    lines = ['  '.join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths))) for line in grid]
+    name = next(iter(columns.values()))
+    return '\n'.join(lines + [f"{cell(row, name)}: FAILED, {row['error']}" for row in rows if 'error' in row])
 
 
 def train_table(rows):
-    """A peer that disagrees has no speed; one that failed has its error below the table."""
-    ours = next((r for r in rows if r['peer'] == 'ours' and r.get('agrees') and 'tokens_per_s' in r), None)
-    out = [('peer', 'rows', 'tok/s', 'ms', 'p10', 'p90', 'peak GiB', 'MFU', 'ours is', 'first step', 'loss', 'norm',
-            'cosine')]
+    """A peer that disagrees has no speed."""
+    ours = next((r['tokens_per_s'] for r in rows if r['peer'] == 'ours' and r.get('agrees') and r['ms']), None)
+    shown = []
     for r in rows:
-        if 'error' in r or not r['ms']: continue
-        ok = r['agrees']
-        out.append((r['peer'], r['batch'], f"{r['tokens_per_s']:,.0f}" if ok else 'DISAGREES',
-                    *(f'{r[k]:.1f}' if ok else '-' for k in ('median_ms', 'p10_ms', 'p90_ms')),
-                    number(r['peak_gib'], '.1f'), number(r['mfu'], '.1%'),
-                    f"{ours['tokens_per_s'] / r['tokens_per_s']:.2f} x" if ours and ok else '-',
-                    f"{r['first_step_s']:.0f} s", f"{r['loss_rel']:+.0e}", f"{r['norm_rel']:+.1%}", f"{r['cosine']:.5f}"))
-    lines = [table(out)] + [f"{r['peer']}: attention by {', '.join(r['attention'])}" for r in rows if r.get('attention')]
-    return '\n'.join(lines + [f"{r['peer']}: FAILED, {r['error']}" for r in rows if 'error' in r])
+        shown.append(r | dict(speed='DISAGREES'))
+        if r.get('agrees') and r['ms']:
+            shown[-1] |= dict(speed=f"{r['tokens_per_s']:,.0f}", ratio=ours and ours / r['tokens_per_s'])
+    return table([r for r in shown if r['ms'] or 'error' in r], {
+        'peer': '{peer}', 'rows': '{batch}', 'tok/s': '{speed}', 'ours is': '{ratio:.2f} x', 'ms': '{median_ms:.1f}',
+        'p10': '{p10_ms:.1f}', 'p90': '{p90_ms:.1f}', 'peak GiB': '{peak_gib:.1f}', 'MFU': '{mfu:.1%}',
+        'first step s': '{first_step_s:.0f}', 'loss': '{loss_rel:+.0e}', 'norm': '{norm_rel:+.2%}',
+        'cosine': '{cosine:.5f}', 'attention': '{attention[0]:.40}'})
 
 
 def memory_table(rows):
-    """Peak GiB of one training step, by rows in the micro-batch."""
     sizes = sorted({B for r in rows for B in r.get('peaks', {})})
-    out = [('peak GiB at rows =', *sizes, 'largest')]
-    for r in rows:
-        if 'peaks' in r:
-            peaks = {B: number(p, '.1f') if p is not None else 'OOM' for B, p in r['peaks'].items()}
-            out.append((r['peer'], *(peaks.get(B, '') for B in sizes), r['batch']))
-    return '\n'.join([table(out)] + [f"{r['peer']}: FAILED, {r['error']}" for r in rows if 'error' in r])
+    return table([r for r in rows if 'peaks' in r or 'error' in r], {
+        'peak GiB with rows:': '{peer}', **{str(B): f'{{peaks[{B}]:.1f}}' for B in sizes}, 'largest': '{batch}'})
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 
 
 def kernel_cases(c):
-    """name -> () -> (arguments, {who: function}, unit, forward cost, backward cost). The cost is what must be moved
-    (bytes) or computed (FLOP): the roofline. One entry per kernel of kernels.py; one that is not there is left out."""
+    """{kernel: () -> (arguments that get gradients, the others, unit, cost, {way: function} besides ours and the
+    reference)}. The cost is what forward and backward together must move (bytes) or compute (FLOP). One entry each;
+    entries that kernels.py does not have are left out."""
     N, D, V, H, Hkv, hd = c.batch * c.seq_len, c.n_embd, c.vocab_size, c.n_head, c.n_kv_head, c.n_embd // c.n_head
     dtype = torch.bfloat16 if c.device == 'cuda' else torch.float32
-    size, M = dtype.itemsize, N // 2                                    # M: masked rows
     rand = lambda *shape, dtype=dtype: torch.randn(shape, device=c.device, dtype=dtype).requires_grad_()
-    ones = lambda n: torch.ones(n, device=c.device).requires_grad_()
+    row = D * dtype.itemsize
     batch = make_batch(SimpleNamespace(**vars(c) | dict(packed=True)), c.batch).to(c.device)
-    pairs = sum(int(n) ** 2 for row in batch.doc.cpu() for n in row.bincount())
+    rows, a, targets = (batch.noise[k] for k in ('rows', 'a', 'targets'))
+    M = len(rows)
 
-    def liger(name):                    # imported where it is used: an absent Liger is an error of that line only
-        return lambda *args: getattr(importlib.import_module('liger_kernel.ops'), name).apply(*args)
+    def liger(name, *more):             # imported when called: without Liger only that line fails
+        return lambda *x: getattr(importlib.import_module('liger_kernel.ops'), name).apply(*x, *more)
 
-    def rms_norm():
-        return ([rand(N, D), ones(D)], dict(
-            ours=lambda x, w: K.rms_norm(x, w, 1e-6), ref=lambda x, w: K.rms_norm_ref(x, w, 1e-6),
-            liger=lambda x, w: liger('LigerRMSNormFunction')(x, w, 1e-6, 0.0, 'llama', False)),
-            'bytes', 2 * N * D * size, 3 * N * D * size)
-
-    def swiglu():
-        return ([rand(N, 2 * c.n_ff)], dict(
-            ours=K.swiglu, ref=K.swiglu_ref, liger=liger('LigerFusedGateUpSiLUMulFunction')),
-            'bytes', 3 * N * c.n_ff * size, 5 * N * c.n_ff * size)
-
-    def linear_cross_entropy():         # the forward computes the gradients, too
-        targets, a = torch.randint(0, V - 1, (M,), device=c.device), torch.rand(M, device=c.device)
-        with_column = lambda f: lambda h, w: f(h, w.to(h.dtype), targets, a, skip_col=V - 1)[0]
-        return ([rand(M, D), (0.02 * rand(V, D, dtype=torch.float32)).detach().requires_grad_()], dict(
-            ours=with_column(K.linear_cross_entropy), ref=with_column(K.linear_cross_entropy_ref),
-            liger=lambda h, w: LigerCE.apply(h, w.to(h.dtype), targets, a, True)),
-            'FLOP', 6 * M * V * D, 0)
+    def rope_qkv():
+        tables = K.rope_tables(batch.pos, hd, 1e6)
+        double = [torch.cat([x, x], -1).to(dtype) for x in tables]
+        split = lambda qkv: [x.transpose(1, 2) for x in qkv.split([H, Hkv, Hkv], 2)]
+        rope = lambda q, k, v: liger('LigerRopeFunction')(q, k, *double)
+        return [rand(c.batch, c.seq_len, H + 2 * Hkv, hd)], [*tables, H, Hkv], 'bytes', \
+            4 * N * (H + 2 * Hkv) * hd * dtype.itemsize, dict(liger=lambda qkv: rope(*split(qkv)))
 
     def attention():
-        q, k = rand(c.batch, H, c.seq_len, hd), rand(c.batch, Hkv, c.seq_len, hd)
+        q, k, v = (rand(c.batch, h, c.seq_len, hd) for h in (H, Hkv, Hkv))
         mask, blocks = K.ranges_to_mask(batch.ranges), attention_mask('flex', batch.doc)
-        dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=H != Hkv)
-        return ([q, k, rand(*k.shape)], dict(
-            ours=lambda q, k, v: K.attention(q, k, v, batch.ranges),
-            ref=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=H != Hkv),
-            flex=torch.compile(lambda q, k, v: flex(None, q, k, v, blocks)[0].transpose(1, 2), dynamic=False),
-            without_documents=dense),
-            'FLOP', 4 * H * hd * pairs, 10 * H * hd * pairs)
+        sdpa = lambda mask: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=H != Hkv)
+        return [q, k, v], [batch.ranges], 'FLOP', 14 * H * hd * visible_pairs(batch.doc), {
+            'SDPA, mask': sdpa(mask), 'SDPA, all pairs': sdpa(None),
+            'flex': torch.compile(lambda q, k, v: flex(None, q, k, v, blocks)[0].transpose(1, 2), dynamic=False)}
 
-    return {f.__name__: f for f in (rms_norm, swiglu, linear_cross_entropy, attention) if hasattr(K, f.__name__)}
+    wide, small = lambda: rand(c.batch, c.seq_len, D), lambda: rand(c.batch, D)
+    cases = dict(
+        rms_norm=lambda: ([rand(N, D), rand(D)], [1e-6], 'bytes', 5 * N * row, dict(
+            liger=liger('LigerRMSNormFunction', 1e-6, 0.0, 'llama', False))),
+        add_rms_norm=lambda: ([rand(N, D), rand(N, D), rand(D)], [1e-6], 'bytes', 8 * N * row, dict(
+            liger=liger('LigerFusedAddRMSNormFunction', 1e-6, 0.0, 'llama', False))),
+        rope_qkv=rope_qkv,
+        swiglu=lambda: ([rand(N, 2 * c.n_ff)], [], 'bytes', 8 * N * c.n_ff * dtype.itemsize, dict(
+            liger=liger('LigerFusedGateUpSiLUMulFunction'))),
+        linear_cross_entropy=lambda: (
+            [rand(M, D), rand(V, D, dtype=torch.float32)], [targets, a, None, V - 1], 'FLOP', 6 * M * V * D,
+            dict(liger=lambda h, w: LigerCE.apply(h, w.to(h.dtype), targets, a, True))),
+        cosine_alignment=lambda: (
+            [rand(N, D)], [rand(N, D).detach(), a, rows, rows], 'bytes', 5 * M * row + N * row, {}),
+        modulate=lambda: ([wide(), small(), small()], [], 'bytes', 5 * N * row, {}),
+        gated_add=lambda: ([wide(), wide(), small()], [], 'bytes', 6 * N * row, {}),
+        attention=attention)
+    return {name: make for name, make in cases.items() if hasattr(K, f'{name}_ref')}
 
 
-def median_ms(f, device):
-    """Median over many calls, each with a cold L2 cache on a GPU."""
-    if device == 'cuda':
-        from triton.testing import do_bench
-        return do_bench(f, return_mode='median')
-    times = []
-    for _ in range(3):
-        started = time.perf_counter(); f()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
+def median_ms(f, on_gpu):
+    """Median of many calls, each with a cold L2 cache; on a CPU of three."""
+    if on_gpu: return importlib.import_module('triton.testing').do_bench(f, return_mode='median')
+    marks = [time.perf_counter()]
+    for _ in range(3): f(); marks.append(time.perf_counter())
+    return float(np.median(np.diff(marks))) * 1e3
 
 
-def measure(c, arguments, f, answer):
-    """Forward and backward ms, peak MiB on top of the arguments, relative error against `answer`, the outputs and
-    gradients of the reference (None: this is the reference)."""
-    on_gpu = c.device == 'cuda'
-    if on_gpu: torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-    outs = f(*arguments)
-    outs = [outs] if torch.is_tensor(outs) else [y for y in outs if y.requires_grad]
+def measure(f, inputs, answer, on_gpu):
+    """-> outputs and gradients, facts: forward and backward ms, MiB at the peak on top of the inputs, the largest
+    relative error of an output or gradient against `answer` (None: nothing to compare with)."""
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu: torch.cuda.reset_peak_memory_stats()
+    outs = f(*inputs)
+    outs = [y for y in ([outs] if torch.is_tensor(outs) else outs) if y.requires_grad]
     torch.manual_seed(0)
-    backs = [torch.randn_like(y) for y in outs]
-    backward = lambda: torch.autograd.grad(outs, arguments, backs, retain_graph=True)
+    douts = [torch.randn_like(y) for y in outs]
+    backward = lambda: torch.autograd.grad(outs, inputs, douts, retain_graph=True)
     found = [x.detach() for x in (*outs, *backward())]
     peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if on_gpu else None
-    errors = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, answer or found)]
-    return found, dict(forward_ms=median_ms(lambda: f(*arguments), c.device), backward_ms=median_ms(backward, c.device),
-                       peak_mib=peak, error=max(errors))
+    errors = [((x - y).float().norm() / y.float().norm()).item() for x, y in zip(found, answer or [])]
+    return found, dict(peak_mib=peak, rel_error=max(errors, default=None), backward_ms=median_ms(backward, on_gpu),
+                       forward_ms=median_ms(lambda: f(*inputs), on_gpu))
 
 
-def run_kernels(c, report):
-    import torch._functorch.config
-    torch._functorch.config.donated_buffer = False                      # compiled backwards run more than once here
-    n = 8192 if c.device == 'cuda' else 256
-    x = torch.randn(n, n, device=c.device, dtype=torch.bfloat16 if c.device == 'cuda' else torch.float32)
-    y = torch.empty(16, *x.shape, device=c.device, dtype=x.dtype)
-    roof = {'FLOP': 2 * n ** 3 / median_ms(lambda: x @ x, c.device) * 1e3,
-            'bytes': 2 * y.nbytes / median_ms(lambda: y.copy_(x), c.device) * 1e3}
-    del x, y
-    rows = []
+def rooflines(on_gpu):
+    """FLOP/s of a matmul and bytes/s of a copy, measured now."""
+    n, how = (8192, dict(device='cuda', dtype=torch.bfloat16)) if on_gpu else (256, {})
+    x, (src, dst) = torch.randn(n, n, **how), torch.zeros(2, 8, n, n, **how)        # 1 GiB each
+    return {'FLOP': 2e3 * n ** 3 / median_ms(lambda: torch.mm(x, x), on_gpu),
+            'bytes': 2e3 * dst.nbytes / median_ms(lambda: dst.copy_(src), on_gpu)}
+
+
+def run_kernels(c):
+    """After every kernel yield its name and all rows so far."""
+    on_gpu = c.device == 'cuda'
+    importlib.import_module('torch._functorch.config').donated_buffer = False       # backwards run many times here
+    roof = rooflines(on_gpu)
+    rows = [dict(kernel='roof', way='matmul', teraflops=roof['FLOP'] / 1e12),
+            dict(kernel='roof', way='copy', gb_per_s=roof['bytes'] / 1e9)]
     for name, make in kernel_cases(c).items():
-        arguments, ways, unit, forward, backward = make()
-        ways = dict(ref=ways['ref'], compiled=torch.compile(ways['ref'], dynamic=False)) | ways
+        inputs, rest, unit, cost, others = make()
+        ours, ref = ((lambda *x, f=getattr(K, f), rest=rest: f(*x, *rest)) for f in (name, f'{name}_ref'))
         answer = None
-        for way, f in ways.items():
-            row = dict(kernel=name, way=way, unit=unit)
+        for way, f in dict(reference=ref, compiled=torch.compile(ref, dynamic=False), ours=ours, **others).items():
+            rows.append(dict(kernel=name, way=way))
             try:
-                found, facts = measure(c, arguments, f, answer)
+                with torch.autocast('cuda', torch.bfloat16, enabled=on_gpu):
+                    found, facts = measure(f, inputs, answer, on_gpu)
                 answer = answer or found
-                both = facts['forward_ms'] + facts['backward_ms']
-                row |= facts | dict(forward_share=forward / facts['forward_ms'] * 1e3 / roof[unit],
-                                    backward_share=backward / facts['backward_ms'] * 1e3 / roof[unit],
-                                    rate=(forward + backward) / both * 1e3)
-            except (Exception, SystemExit) as e: row['failure'] = f'{type(e).__name__}: {e}'[:300]
-            rows.append(row)
-            report(dict(roofline=roof, rows=rows))
+                rate = cost / (facts['forward_ms'] + facts['backward_ms']) * 1e3
+                rows[-1] |= facts | dict(of_roof=rate / roof[unit])
+                rows[-1] |= dict(teraflops=rate / 1e12) if unit == 'FLOP' else dict(gb_per_s=rate / 1e9)
+            except (Exception, SystemExit) as e: rows[-1]['error'] = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+            found = None
             gc.collect()
-        del arguments, ways, answer
+        yield name, rows
 
 
-def kernel_table(results):
-    roof = results['roofline']
-    out = [('kernel', 'way', 'forward ms', 'backward ms', 'rate', 'of the roof: fwd', 'bwd', 'peak MiB', 'error')]
-    for r in results['rows']:
-        if 'failure' in r: continue
-        rate = f"{r['rate'] / 1e12:.0f} TFLOP/s" if r['unit'] == 'FLOP' else f"{r['rate'] / 1e9:.0f} GB/s"
-        out.append((r['kernel'], r['way'], f"{r['forward_ms']:.3f}", f"{r['backward_ms']:.3f}", rate,
-                    f"{r['forward_share']:.0%}", f"{r['backward_share']:.0%}", number(r['peak_mib'], '.0f'),
-                    f"{r['error']:.0e}"))
-    failed = [f"{r['kernel']}, {r['way']}: FAILED, {r['failure']}" for r in results['rows'] if 'failure' in r]
-    return '\n'.join([table(out), f"roofline: matmul {roof['FLOP'] / 1e12:.0f} TFLOP/s, "
-                      f"copy {roof['bytes'] / 1e12:.2f} TB/s", *failed])
+def kernel_table(rows):
+    return table(rows, {
+        'kernel': '{kernel}: {way}', 'forward ms': '{forward_ms:.3f}', 'backward ms': '{backward_ms:.3f}',
+        'TFLOP/s': '{teraflops:.0f}', 'GB/s': '{gb_per_s:.0f}', 'of the roof': '{of_roof:.0%}',
+        'peak MiB': '{peak_mib:.0f}', 'error': '{rel_error:.0e}'})
 
 
 if __name__ == '__main__':
     what = 'train'                  # train, memory or kernels: the first word of the command line
-    peers = ''                      # comma list; default: all that fit the rows
+    peers = ''                      # comma list; default: those that suit the rows
     packed = False                  # rows of several documents; else a row is one document
     doc_len = 300.0                 # their mean length; lognormal, sigma 1
     largest = False                 # train: each peer at the largest micro-batch that fits
-    max_batch = 512                 # the search for it ends there
+    max_batch = 512                 # where the search for it ends
     batch = 16                      # rows per micro-batch
     seq_len = 1024
-    vocab_size = 151936             # the shape of Qwen2.5-0.5B
+    vocab_size = 151936             # from here on the shape of Qwen2.5-0.5B
     n_layer = 24
     n_head = 14
     n_kv_head = 2
     n_embd = 896
     n_ff = 4864
-    residual = 'fp32'               # transformers' residual stream: fp32 (what autocast makes of it) or bfloat16 (as ours)
-    rounds = 2                      # turns of each peer: A B .. B A
+    residual = 'fp32'               # residual stream of the hf and liger peers: what autocast makes it, or bf16 as ours
+    rounds = 2                      # turns of each peer
     warmup = 10                     # steps before the clock starts, in each turn
-    steps = 25                      # timed steps of a turn
-    profile = False                 # train: our step's kernels by GPU time, a chrome trace in out_dir
+    steps = 25                      # timed steps per turn
+    profile = False                 # train: kernels by GPU time, a chrome trace
     peak_tflops = 989.0             # dense bf16 peak of the device, for MFU
     seed = 0
     device = ''                     # cuda or cpu; default: cuda when there is one
     out_dir = 'out/bench'
-    result = ''                     # results/x.json; default: in out_dir
+    result = ''                     # results/x.json; default: out_dir/<what>.json
     from configurator import configure
     words = sys.argv[1:]
     if words and words[0].isalpha(): words[0] = f'--what={words[0]}'
     config = configure(globals(), words)
-    started, modes = time.time(), ('train', 'memory', 'kernels')
-    if what not in modes: raise SystemExit(f"say python bench.py {' or '.join(modes)}, not {what!r}")
-    if not peers: config['peers'] = 'ours' if profile else PACKED if packed else DENSE
-    for name in config['peers'].split(','):
+    started = time.time()
+    tables = dict(train=train_table, memory=memory_table, kernels=kernel_table)
+    if what not in tables: raise SystemExit(f"say python bench.py {', '.join(tables)}, not {what!r}")
+    config['peers'] = peers = peers or ('ours' if profile else ','.join(
+        ('hf_eager', 'hf_compile_compact', 'flex', 'varlen', 'liger_tuned', 'ours_eager', 'ours') if packed else
+        (name for name in PEERS if 'attn' not in PEERS[name])))
+    config['device'] = device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    for name in peers.split(','):
         if name not in PEERS: raise SystemExit(f"unknown peer {name!r}: --peers is a comma list of {', '.join(PEERS)}")
         if 'attn' in PEERS[name] and not packed: raise SystemExit(f"{name} is for packed rows: add --packed=true")
-    if n_embd % n_head or n_head % n_kv_head or min(batch, seq_len, rounds, warmup, steps) < 1:
-        raise SystemExit("n_embd must be a multiple of n_head, that of n_kv_head; counts must be at least 1")
-    if residual not in ('fp32', 'bfloat16'): raise SystemExit(f"residual must be fp32 or bfloat16, got {residual!r}")
-    config['device'] = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    c = SimpleNamespace(**config)
+    if min(batch, seq_len, rounds, steps) < 1 or warmup < 0 or n_embd % n_head or n_head % n_kv_head:
+        raise SystemExit("counts must be at least 1, n_embd a multiple of n_head, n_head of n_kv_head")
+    if residual not in ('fp32', 'bf16'): raise SystemExit(f"residual must be fp32 or bf16, got {residual!r}")
     path = Path(result or f'{out_dir}/{what}.json')
-    path.parent.mkdir(parents=True, exist_ok=True)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 
-    def report(results):
-        """Everything so far into the file, the newest table on the screen."""
-        facts = provenance(c.device, started)
-        for package in ('transformers', 'liger_kernel', 'triton'):
-            try: facts['versions'][package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError: facts['versions'][package] = None
-        write_json(path, facts | dict(results=results, config=config))
-        show = dict(train=train_table, memory=memory_table, kernels=kernel_table)[what]
-        print(f"\n{time.time() - started:.0f} s\n{show(results)}", flush=True)
-    if what == 'kernels': run_kernels(c, report)
-    else: run_peers(c, config, config['peers'].split(','), report)
-    print(f"wrote {path}")
+    for done, rows in (run_kernels if what == 'kernels' else run_peers)(SimpleNamespace(**config)):
+        facts = provenance(device, started)                             # a run cut short leaves what it has
+        for package in ('transformers', 'liger-kernel', 'triton'):
+            try: facts['versions'][package] = version(package)
+            except PackageNotFoundError: facts['versions'][package] = None
+        write_json(path, facts | dict(results=rows, config=config))
+        print(f'{time.time() - started:4.0f} s: {done}', flush=True)
+    print(tables[what](rows), f'wrote {path}', sep='\n')
