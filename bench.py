@@ -139,16 +139,16 @@ def attend(module, q, k, v, attention, **unused):
 
 
 def load_hf(weights, spec):
-    from transformers import AttentionInterface, Qwen2ForCausalLM
-    from transformers.utils.logging import disable_progress_bar
     if spec.get('liger'):
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2
         apply_liger_kernel_to_qwen2(rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False)
+    from transformers import AttentionInterface, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
     AttentionInterface.register('documents', attend)
     attn = 'documents' if 'attn' in spec else 'sdpa'
     disable_progress_bar()
     model = Qwen2ForCausalLM.from_pretrained(weights, dtype=torch.float32, attn_implementation=attn)
-    for layer in model.model.layers: layer.self_attn.is_causal = False
+    for layer in model.model.layers: layer.self_attn.is_causal = False  # newer versions read config.json's is_causal
     return model
 
 
@@ -358,7 +358,7 @@ def run_peers(c):
     """Let the peers take turns; after every turn yield its name and all rows so far."""
     names, train = c.peers.split(','), c.what == 'train'
     rounds = c.rounds if train and not c.largest else 1                 # who looks for a size is alone on the device
-    rows = {name: dict(peer=name, batch=c.batch, ms=[], round_ms=[]) for name in names}
+    rows = {name: dict(peer=name, ms=[], round_ms=[]) for name in names}
     with TemporaryDirectory() as tmp:
         torch.manual_seed(c.seed)
         Transformer(model_config(c)).save_pretrained(tmp)
@@ -383,10 +383,10 @@ def run_peers(c):
 def take_turn(c, ask, row, is_first, file):
     """The gate and the search for a size in a peer's first turn, then the clock."""
     train = c.what == 'train'
-    if is_first and train: row.update(ask('gate', c.batch, file))
+    if is_first and train: row.update(ask('gate', c.batch, file), batch=c.batch)
     if is_first and (c.largest or not train):
         if train: ask('park')
-        row['peaks'] = search(lambda B: ask('memory', B), c.batch if train else 1, c.max_batch)
+        row['peaks'] = search(lambda B: ask('memory', B), c.batch if train else c.min_batch, c.max_batch)
         row['batch'] = max((B for B, peak in row['peaks'].items() if peak is not None), default=0)
         if not row['batch']: raise RuntimeError("no micro-batch fits")
         if train: ask('setup', row['batch'])
@@ -395,15 +395,15 @@ def take_turn(c, ask, row, is_first, file):
     row['ms'] += got['ms']
     row['round_ms'].append(statistics.median(got['ms']))
     row['peak_gib'] = got['peak_gib'] and max(got['peak_gib'], row.get('peak_gib', 0))
+    row.update(zip(('p10_ms', 'median_ms', 'p90_ms'), np.percentile(row['ms'], [10, 50, 90]).tolist()))
+    per_s, batch = 1e3 / row['median_ms'], make_batch(c, row['batch'])
+    row.update(tokens_per_s=batch.ids.numel() * per_s, mfu=step_flops(c, batch) * per_s / c.peak_tflops / 1e12)
     if is_first:
         trace = f"{c.out_dir}/{row['peer']}.trace.json.gz" if c.profile else ''
         spent = ask('profile', 3 if trace else 1, trace)
         row['attention'] = [k for k, ms, _ in spent if kind(k) == 'attention' and ms > 0.01]
         if trace: print(profile_table(spent), f'trace: {trace}', sep='\n')
     ask('park')
-    row.update(zip(('p10_ms', 'median_ms', 'p90_ms'), np.percentile(row['ms'], [10, 50, 90]).tolist()))
-    per_s, batch = 1e3 / row['median_ms'], make_batch(c, row['batch'])
-    row.update(tokens_per_s=batch.ids.numel() * per_s, mfu=step_flops(c, batch) * per_s / c.peak_tflops / 1e12)
 
 
 def search(peak_of, start, most):
@@ -430,32 +430,31 @@ def kind(kernel):
 def profile_table(spent, n=15):
     kinds = [(f'all {k}', sum(ms for name, ms, _ in spent if kind(name) == k), None) for k in KINDS]
     total = sum(ms for _, ms, _ in spent)
-    rows = [dict(name=name[:80], ms=ms, share=ms / total, calls=calls)
+    rows = [dict(name=name[:100], ms=ms, share=ms / total, calls=calls)
             for name, ms, calls in [*spent[:n], *kinds, ('everything', total, None)] if ms]
     return table(rows, {'kernel': '{name}', 'ms/step': '{ms:.2f}', 'share': '{share:.1%}', 'calls': '{calls:.0f}'})
 
 
 def table(rows, columns):
-    """columns: {head: format of a row's keys}. '-' where a row has no such number; errors below."""
+    """columns: {head: format of a row's keys}. '-' where a row has no such number; errors below. Rows that have
+    nothing but an error are only there."""
     def cell(row, form):
         try: return form.format(**row)
         except (LookupError, TypeError): return '-'
-    grid = [list(columns), *([cell(row, form) for form in columns.values()] for row in rows if 'error' not in row)]
+    name, *rest = columns.values()
+    grid = [[cell(row, form) for form in (name, *rest)] for row in rows]
+    grid = [list(columns), *(line for line in grid if set(line[1:]) != {'-'})]
     widths = [max(map(len, column)) for column in zip(*grid)]
     lines = ['  '.join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths))) for line in grid]
-    name = next(iter(columns.values()))
     return '\n'.join(lines + [f"{cell(row, name)}: FAILED, {row['error']}" for row in rows if 'error' in row])
 
 
 def train_table(rows):
-    """A peer that disagrees has no speed."""
-    ours = next((r['tokens_per_s'] for r in rows if r['peer'] == 'ours' and r.get('agrees') and r['ms']), None)
-    shown = []
-    for r in rows:
-        shown.append(r | dict(speed='DISAGREES'))
-        if r.get('agrees') and r['ms']:
-            shown[-1] |= dict(speed=f"{r['tokens_per_s']:,.0f}", ratio=ours and ours / r['tokens_per_s'])
-    return table([r for r in shown if r['ms'] or 'error' in r], {
+    """A peer that disagrees has no speed; one that failed later keeps what it had."""
+    speed = {r['peer']: r['tokens_per_s'] for r in rows if r.get('agrees') and 'tokens_per_s' in r}
+    shown = [r | dict(speed=f'{speed[name]:,.0f}', ratio=speed['ours'] / speed[name] if 'ours' in speed else None)
+             if (name := r['peer']) in speed else r | dict(speed='DISAGREES') if 'agrees' in r else r for r in rows]
+    return table(shown, {
         'peer': '{peer}', 'rows': '{batch}', 'tok/s': '{speed}', 'ours is': '{ratio:.2f} x', 'ms': '{median_ms:.1f}',
         'p10': '{p10_ms:.1f}', 'p90': '{p90_ms:.1f}', 'peak GiB': '{peak_gib:.1f}', 'MFU': '{mfu:.1%}',
         'first step s': '{first_step_s:.0f}', 'loss': '{loss_rel:+.0e}', 'norm': '{norm_rel:+.2%}',
@@ -464,7 +463,7 @@ def train_table(rows):
 
 def memory_table(rows):
     sizes = sorted({B for r in rows for B in r.get('peaks', {})})
-    return table([r for r in rows if 'peaks' in r or 'error' in r], {
+    return table(rows, {
         'peak GiB with rows:': '{peer}', **{str(B): f'{{peaks[{B}]:.1f}}' for B in sizes}, 'largest': '{batch}'})
 
 
@@ -607,7 +606,8 @@ if __name__ == '__main__':
     packed = False                  # rows of several documents; else a row is one document
     doc_len = 300.0                 # their mean length; lognormal, sigma 1
     largest = False                 # train: each peer at the largest micro-batch that fits
-    max_batch = 512                 # where the search for it ends
+    min_batch = 1                   # memory: where the search for it begins
+    max_batch = 512                 # where it ends
     batch = 16                      # rows per micro-batch
     seq_len = 1024
     vocab_size = 151936             # from here on the shape of Qwen2.5-0.5B
@@ -640,7 +640,7 @@ if __name__ == '__main__':
     for name in peers.split(','):
         if name not in PEERS: raise SystemExit(f"unknown peer {name!r}: --peers is a comma list of {', '.join(PEERS)}")
         if 'attn' in PEERS[name] and not packed: raise SystemExit(f"{name} is for packed rows: add --packed=true")
-    if min(batch, seq_len, rounds, steps) < 1 or warmup < 0 or n_embd % n_head or n_head % n_kv_head:
+    if min(batch, min_batch, seq_len, rounds, steps) < 1 or warmup < 0 or n_embd % n_head or n_head % n_kv_head:
         raise SystemExit("counts must be at least 1, n_embd a multiple of n_head, n_head of n_kv_head")
     if device == 'cpu' and (largest or what == 'memory'): raise SystemExit("memory is measured on GPUs only")
     if residual not in ('fp32', 'bf16'): raise SystemExit(f"residual must be fp32 or bf16, got {residual!r}")
@@ -652,6 +652,7 @@ if __name__ == '__main__':
         for package in ('transformers', 'liger-kernel', 'triton'):
             try: facts['versions'][package] = version(package)
             except PackageNotFoundError: facts['versions'][package] = None
+        del facts['peak_gib']                                           # of this process; the rows have their own
         write_json(path, facts | dict(results=rows, config=config))
         print(f'{time.time() - started:4.0f} s: {done}', flush=True)
     print(tables[what](rows), f'wrote {path}', sep='\n')

@@ -33,8 +33,9 @@ def task(request, tmp_path_factory):
 
 @pytest.mark.parametrize('name', ['hf_eager', 'hf_eager_compact', 'hf_compile_compact', 'ours_eager', 'ours'])
 def test_peers_take_the_same_step(task, name, monkeypatch):
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))    # quick to compile
     config, path = task
+    backend = 'eager' if config['packed'] else 'aot_eager'              # quick to compile
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
     peer = bench.Peer(name, config, path)
     got = peer.gate(4, path / 'reference')
     assert got['agrees'] and abs(got['loss_rel']) < 1e-6 and got['cosine'] > 1 - 1e-9 and abs(got['norm_rel']) < 1e-5
@@ -165,7 +166,7 @@ def test_the_command(tmp_path):
                f'--out_dir={tmp_path}/out', '--warmup=1', '--steps=2', *(f'--{k}={v}' for k, v in TINY.items())]
     env = {'PATH': '', 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
-    assert done.returncode == 0 and 'liger: FAILED, RuntimeError' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and 'liger: FAILED' in done.stdout, done.stdout + done.stderr
     result = json.loads((tmp_path / 'out/train.json').read_text())
     for key in ('command', 'commit', 'hardware', 'date', 'wall_minutes', 'config', 'results'): assert key in result
     liger, ours = result['results']
