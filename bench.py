@@ -318,10 +318,10 @@ def serve(conn, *args):
     peer = failure = None
     try: peer = Peer(*args)
     except (Exception, SystemExit) as e: failure = f'{type(e).__name__}: {e}'
-    while (request := conn.recv()) is not None:
+    for method, values in iter(conn.recv, None):
         try:
             if failure: raise RuntimeError(failure)
-            conn.send((True, getattr(peer, request[0])(*request[1])))
+            conn.send((True, getattr(peer, method)(*values)))
         except (Exception, SystemExit) as e: conn.send((False, f'{type(e).__name__}: {e}'))
 
 
@@ -488,19 +488,22 @@ def kernel_cases(c):
     def rope_qkv():
         tables = K.rope_tables(batch.pos, hd, 1e6)
         double = [torch.cat([x, x], -1).to(dtype) for x in tables]
-        split = lambda qkv: [x.transpose(1, 2) for x in qkv.split([H, Hkv, Hkv], 2)]
-        rope = lambda q, k, v: liger('LigerRopeFunction')(q, k, *double)
-        return [rand(c.batch, c.seq_len, H + 2 * Hkv, hd)], [*tables, H, Hkv], 'bytes', \
-            4 * N * (H + 2 * Hkv) * hd * dtype.itemsize, dict(liger=lambda qkv: rope(*split(qkv)))
+
+        def ligers(qkv):
+            q, k, v = qkv.split([H, Hkv, Hkv], 2)
+            q, k = liger('LigerRopeFunction')(q.transpose(1, 2), k.transpose(1, 2), *double)
+            return q.transpose(1, 2), k.transpose(1, 2), v
+        qkv = rand(c.batch, c.seq_len, H + 2 * Hkv, hd)
+        return [qkv], [*tables, H, Hkv], 'bytes', 4 * qkv.nbytes, dict(liger=ligers)
 
     def attention():
         q, k, v = (rand(c.batch, h, c.seq_len, hd) for h in (H, Hkv, Hkv))
         sdpa = lambda mask: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=H != Hkv)
-        swap = lambda attention: lambda q, k, v: attention(q, k, v).transpose(1, 2)
+        swap = lambda f: lambda q, k, v: f(q, k, v).transpose(1, 2)
+        flex, varlen = (swap(attention_of(kind, batch.doc)) for kind in ('flex', 'varlen'))
         return [q, k, v], [batch.ranges], 'FLOP', 14 * H * hd * visible_pairs(batch.doc), {
             'SDPA, mask': sdpa(attention_of('', batch.doc)), 'SDPA, all pairs': sdpa(None),
-            'flex': torch.compile(swap(attention_of('flex', batch.doc)), dynamic=False),
-            'varlen': lambda *x: swap(attention_of('varlen', batch.doc))(*x)}
+            'flex': torch.compile(flex, dynamic=False), 'varlen': varlen}
 
     wide, small = lambda: rand(c.batch, c.seq_len, D), lambda: rand(c.batch, D)
     cases = dict(
