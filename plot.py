@@ -87,7 +87,8 @@ PUBLISHED = {
 def evaluation():
     """Ours from results/<name>_{val,humaneval,infill_single}.json; the rest as published."""
     pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
-    rows = [('', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10', 'single-line infilling pass@1, average / '
+    rows = [('', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
+             'single-line infilling pass@1, average / '
              'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
                         ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
