@@ -306,7 +306,7 @@ def test_a_foreign_model_brings_its_tokenizer(train, corpus):
     (dict(n_head=3), 'n_embd 32 must be a multiple of n_head 3'),
     (dict(n_kv_head=4), 'and that of n_kv_head 4'),
     (dict(log='mlflow'), "log must be wandb or tensorboard, got 'mlflow'"),
-    (dict(log_interval=0), 'log_interval and eval_draws must be at least 1'),
+    (dict(log_interval=0), 'log_interval, eval_draws and tasks_every must be'),
     (dict(device='gpu'), "device must be cuda or cpu, got 'gpu'"),
     (dict(export_dtype='int8'), "export_dtype must be bfloat16, float16 or float32, got 'int8'"),
     (dict(push_to_hub='me'), "push_to_hub must be user/name, got 'me'"),
