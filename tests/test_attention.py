@@ -121,7 +121,7 @@ def cases(k):
         'band': (*band(70 * k, 10), 2, 1, 32, f, 1),
         'two windows': (*two_windows(72 * k), 2, 1, 32, f, 1),
         'block diffusion': (*block_diffusion(row(47 * k, 23 * k), 4, order=1), 1, 1, 16, f, 1),
-        'odd head_dim': (*documents(row(17, 16)), 2, 1, 24, f, 1),
+        'odd head_dim': (*documents(row(17, 16)), 4, 2, 24, f, 1),
         'large logits': (*documents(row(20 * k, 13 * k)), 2, 2, 32, f, 30),
         'fp16 tiles': (*documents(row(70 * k, 74 * k, -6)), 2, 1, 64, h, 1),
         'fp16 block diffusion': (*block_diffusion(row(40 * k, 37 * k), 16, order=-1), 1, 1, 64, h, 1)}
