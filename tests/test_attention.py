@@ -121,7 +121,7 @@ def cases(k):
         'band': (*band(70 * k, 10), 2, 1, 32, f, 1),
         'two windows': (*two_windows(72 * k), 2, 1, 32, f, 1),
         'block diffusion': (*block_diffusion(row(47 * k, 23 * k), 4, order=1), 1, 1, 16, f, 1),
-        'odd head_dim': (*documents(row(17, 16)), 2, 1, 24, f, 1),
+        'odd head_dim': (*documents(row(17, 16)), 4, 2, 24, f, 1),
         'large logits': (*documents(row(20 * k, 13 * k)), 2, 2, 32, f, 30),
         'fp16 tiles': (*documents(row(70 * k, 74 * k, -6)), 2, 1, 64, h, 1),
         'fp16 block diffusion': (*block_diffusion(row(40 * k, 37 * k), 16, order=-1), 1, 1, 64, h, 1)}
@@ -142,9 +142,17 @@ def softmax_attention(q, k, v, visible):
 def poisoned():
     """Outputs start as NaN: what no program writes shows."""
     new = K._new_attention
-    K._new_attention = lambda x: new(x).fill_(torch.nan)
+    K._new_attention = lambda *args: new(*args).fill_(torch.nan)
     try: yield
     finally: K._new_attention = new
+
+
+@contextlib.contextmanager
+def together():
+    """One program for the whole group of heads: no parts to add."""
+    K.ATTENTION_SPLIT = False
+    try: yield
+    finally: K.ATTENTION_SPLIT = True
 
 
 def inputs(visible, H, Hkv, hd, dtype, gain, device, seed):
@@ -297,6 +305,8 @@ def interpret():
     for name, (*case, dtype, gain) in cases(1).items():
         try: out[name] = errors(*case, dtype, gain, seed=len(name))
         except Exception as e: out[name] = f'{type(e).__name__}: {e}'
+    *case, dtype, gain = cases(1)['groups of 7']
+    with together(): out['together'] = errors(*case, dtype, gain)
     out |= dict(composition=composition('cpu', 'aot_eager'), sampling=sampling('cpu'), expanded=expanded('cpu'))
     print(json.dumps(out))
 
@@ -308,7 +318,8 @@ def compile_for(arch, hopper, op, hd, R):
     from triton.compiler import ASTSource, compile
     kernel = dict(fwd=K._attention_fwd, dq=K._attention_bwd_dq, dkdv=K._attention_bwd_dkdv)[op]
     BM, BN, num_warps, num_stages = K.ATTENTION_TILES[op, hd][not hopper]
-    constants, signature, aligned = dict(G=2, R=R, HD=hd, BM=BM, BN=BN), {}, {}
+    constants, signature, aligned = dict(G=7, R=R, HD=hd, BM=BM, BN=BN, S=1), {}, {}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for i, name in enumerate(kernel.arg_names):
         if name in constants: signature[name] = 'constexpr'
         elif name.endswith('stride'):
@@ -365,6 +376,7 @@ needs_interpreter = pytest.mark.skipif(
 def test_interpreted(interpreted, name):
     assert isinstance(interpreted[name], dict), interpreted[name]
     small(interpreted[name], *cases(1)[name][5:])
+    small(interpreted['together'], torch.float32)
 
 
 @needs_interpreter
@@ -409,6 +421,7 @@ def test_gpu(name):
 def test_gpu_head_dims_and_dtypes(name, hd, dtype):
     visible, ranges, *_ = cases(11)[name]
     small(errors(visible, ranges, 4, 2, hd, dtype, 1, 'cuda'), dtype)
+    with together(): small(errors(visible, ranges, 4, 2, hd, dtype, 1, 'cuda'), dtype)
 
 
 @pytest.mark.gpu
