@@ -496,15 +496,15 @@ def linear_cross_entropy_ref(h, weight, targets, a, b=None, skip_col=None):
 
 
 @triton.jit
-def _ce_load(z, c, skip_col, V: tl.constexpr):
+def _ce_load(z, c, skip_col, V):
     """`skip_col` in the load's mask would cut it to 4 bytes per thread, from 16."""
     return tl.where(c == skip_col, -float('inf'), tl.load(z + c, c < V, -float('inf')).to(tl.float32))
 
 
 @triton.jit
-def _ce_rows(z, targets, a, b, ce, w, skip_col, HAS_B: tl.constexpr, GRAD: tl.constexpr,
-             V: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program. Never autotune it: a second run would read gradients for logits."""
+def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row per program. Never autotune it: a second run would read gradients for logits. A constant V would let
+    the compiler unroll the loops until registers spill."""
     row = tl.program_id(0).to(tl.int64)                                 # row * V exceeds 2^31
     z += row * V
     cols = tl.arange(0, BLOCK)
@@ -558,8 +558,8 @@ def _ce_rows_torch(z, y, a, b, skip_col, grad):
 def _ce_rows_triton(z, y, a, b, skip_col, grad):
     ce, w = torch.empty_like(a), torch.empty_like(a)
     block = CE_ROWS | dict(BLOCK=min(CE_ROWS['BLOCK'], triton.next_power_of_2(z.shape[1])))
-    _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, b is not None, grad,
-                        z.shape[1], **block)
+    _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, z.shape[1],
+                        b is not None, grad, **block)
     return ce, w, z
 
 

@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         delta = None if tap else torch.zeros_like(x).requires_grad_(x.requires_grad)
         for i, block in enumerate(self.layers, 1):
             args = (x, delta, cos, sin, mask, causal)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 x, delta = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else: x, delta = block(*args, cache[i - 1] if cache else None)
             if i == upto: return x + delta
