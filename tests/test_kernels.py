@@ -234,17 +234,17 @@ def test_cosine_alignment(dtype, small):
 
 
 def test_references():
-    """Where a reference is not the formula itself: PyTorch's own functions, rows that repeat with a weight, rounding."""
+    """Where a reference is not the formula itself: PyTorch's own functions, rows repeated with a weight, rounding."""
     g = torch.Generator().manual_seed(0)
     student, teacher, w = torch.randn(5, 8, generator=g), torch.randn(6, 8, generator=g), torch.rand(4, generator=g)
     rows = torch.tensor([3, 0, 3, 2])
     want = (w * (1 - F.cosine_similarity(student[rows], teacher[rows + 1]))).sum()
-    torch.testing.assert_close(K.cosine_alignment(student, teacher, w, rows, rows + 1), want)
+    torch.testing.assert_close(K.cosine_alignment_ref(student, teacher, w, rows, rows + 1), want)
     x, scale, shift = student.view(1, 5, 8), torch.randn(1, 8, generator=g), torch.randn(1, 8, generator=g)
     want = F.rms_norm(x, (8,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-    torch.testing.assert_close(K.modulate(x, scale, shift), want)
-    torch.testing.assert_close(K.gated_add(x, x, scale), x * (1 + scale[:, None]))
-    y, s = K.add_rms_norm(student.bfloat16(), teacher[:5].bfloat16(), w.repeat(2), 1e-6)
+    torch.testing.assert_close(K.modulate_ref(x, scale, shift), want)
+    torch.testing.assert_close(K.gated_add_ref(x, x, scale), x * (1 + scale[:, None]))
+    y, s = K.add_rms_norm_ref(student.bfloat16(), teacher[:5].bfloat16(), w.repeat(2), 1e-6)
     assert torch.equal(s, student.bfloat16() + teacher[:5].bfloat16())
     assert torch.equal(y, w.repeat(2).bfloat16() * F.rms_norm(s.float(), (8,), eps=1e-6).bfloat16())
 
