@@ -30,7 +30,7 @@ try:
     import triton.language as tl
 except ImportError:                     # macOS, Windows: only the references
     class tl: constexpr = None
-    class triton: jit, __version__ = staticmethod(lambda fn=None, **_: fn or (lambda f: f)), None
+    class triton: jit, __version__ = staticmethod(lambda fn=None, **kw: fn or (lambda fn: fn)), None
 
 KERNELS, INTERPRET = os.environ.get('KERNELS', ''), os.environ.get('TRITON_INTERPRET') == '1'
 if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be torch or triton, got {KERNELS!r}")
@@ -38,11 +38,11 @@ if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be to
 
 def active(device) -> str:
     """In words, which path the functions below take on this device."""
-    if runs_triton(torch.empty(0, device=device)): return f'Triton {triton.__version__} (KERNELS=torch: without)'
+    if use_triton(torch.empty(0, device=device)): return f'Triton {triton.__version__} (KERNELS=torch: without)'
     return 'torch (KERNELS=torch)' if KERNELS == 'torch' else f'torch (no Triton on {torch.device(device).type})'
 
 
-def runs_triton(x: Tensor) -> bool:
+def use_triton(x: Tensor) -> bool:
     """Never a silent fallback on a GPU: what Triton cannot do there is an error."""
     if KERNELS == 'torch' or x.device.type != 'cuda' and KERNELS != 'triton': return False
     if triton.__version__ is None: raise SystemExit("Triton is not installed: pip install triton, or KERNELS=torch")
@@ -387,7 +387,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = 
     shapes = [tuple(r.shape) for r in ranges]
     assert shapes == [(B, Tq, R, 2), (B, Tk, R, 2)] and R <= 2, f"{shapes=} {q.shape=} {k.shape=}"
     assert not causal, "with ranges, causal order is in them: causal_ranges"
-    if not runs_triton(q): return attention_ref(q, k, v, ranges)
+    if not use_triton(q): return attention_ref(q, k, v, ranges)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     pad = max(16, 1 << (hd - 1).bit_length()) - hd
@@ -491,7 +491,7 @@ _rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_save)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) -> (..., D) in x's dtype."""
     assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
-    if not runs_triton(x): return rms_norm_ref(x, weight, eps)
+    if not use_triton(x): return rms_norm_ref(x, weight, eps)
     return _rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, eps)[0].view(x.shape)
 
 
@@ -499,7 +499,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """s = x + residual: (rms_norm(s), s). x and residual (..., D) of one dtype."""
     assert weight.shape == x.shape[-1:], f"{x.shape=} {weight.shape=}"
     assert (residual.shape, residual.dtype) == (x.shape, x.dtype), f"{x.shape=} {residual.shape=} {residual.dtype=}"
-    if not runs_triton(x): return add_rms_norm_ref(x, residual, weight, eps)
+    if not use_triton(x): return add_rms_norm_ref(x, residual, weight, eps)
     rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
     y, s, _ = _rms_norm(*rows, weight, eps)
     return y.view(x.shape), s.view(x.shape)
@@ -657,7 +657,7 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int,
     assert heads == n_head + 2 * n_kv_head and hd % 2 == 0, f"{qkv.shape=} {n_head=} {n_kv_head=}"
     assert cos.shape == sin.shape == (B, T, hd // 2), f"{qkv.shape=} {cos.shape=} {sin.shape=}"
     assert (q_weight is None) == (k_weight is None), "norms on both q and k, or on neither"
-    if not runs_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
+    if not use_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
     return _rope_qkv(qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous(), q_weight, k_weight,
                      n_head, n_kv_head, eps)[:3]
 
@@ -723,7 +723,7 @@ _swiglu.register_autograd(lambda ctx, dy: _swiglu_grad(dy.contiguous(), *ctx.sav
 def swiglu(gate_up: Tensor) -> Tensor:
     """(..., 2F), gate first -> (..., F)."""
     assert gate_up.shape[-1] % 2 == 0, f"{gate_up.shape=}"
-    if not runs_triton(gate_up): return swiglu_ref(gate_up)
+    if not use_triton(gate_up): return swiglu_ref(gate_up)
     y = _swiglu(gate_up.reshape(-1, gate_up.shape[-1]).contiguous())
     return y.view(*gate_up.shape[:-1], y.shape[1])
 
@@ -754,15 +754,15 @@ def linear_cross_entropy_ref(h, weight, targets, a, b=None, skip_col=None):
 
 
 @triton.jit
-def _ce_load(z, c, skip_col, V: tl.constexpr):
+def _ce_load(z, c, skip_col, V):
     """`skip_col` in the load's mask would cut it to 4 bytes per thread, from 16."""
     return tl.where(c == skip_col, -float('inf'), tl.load(z + c, c < V, -float('inf')).to(tl.float32))
 
 
 @triton.jit
-def _ce_rows(z, targets, a, b, ce, w, skip_col, HAS_B: tl.constexpr, GRAD: tl.constexpr,
-             V: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program. Never autotune it: a second run would read gradients for logits."""
+def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row per program. Never autotune it: a second run would read gradients for logits. A constant V would let
+    the compiler unroll the loops until registers spill."""
     row = tl.program_id(0).to(tl.int64)                                 # row * V exceeds 2^31
     z += row * V
     cols = tl.arange(0, BLOCK)
@@ -816,8 +816,8 @@ def _ce_rows_torch(z, y, a, b, skip_col, grad):
 def _ce_rows_triton(z, y, a, b, skip_col, grad):
     ce, w = torch.empty_like(a), torch.empty_like(a)
     block = CE_ROWS | dict(BLOCK=min(CE_ROWS['BLOCK'], triton.next_power_of_2(z.shape[1])))
-    _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, b is not None, grad,
-                        z.shape[1], **block)
+    _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, z.shape[1],
+                        b is not None, grad, **block)
     return ce, w, z
 
 
@@ -832,7 +832,7 @@ def _add_outer(total, dz, h):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, a, b, skip_col, chunk):
-        rows_kernel = _ce_rows_triton if runs_triton(h) else _ce_rows_torch
+        rows_kernel = _ce_rows_triton if use_triton(h) else _ce_rows_torch
         ce, w = torch.empty_like(a), torch.empty_like(a)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight, grad = None, any(ctx.needs_input_grad[:2])
@@ -869,7 +869,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, a: Tensor, 
     assert a.dtype == torch.float32 and (b is None or (b.dtype, b.shape) == (a.dtype, a.shape)), f"{a.dtype=}"
     if not torch.is_grad_enabled(): h, weight = h.detach(), weight.detach()      # no gradient work in forward
     if torch.is_autocast_enabled(h.device.type): h = h.to(torch.get_autocast_dtype(h.device.type))
-    logits = (5 << 29) // h.element_size() if runs_triton(h) else 1 << 27
+    logits = (5 << 29) // h.element_size() if use_triton(h) else 1 << 27
     n_chunks = -(-len(h) // max(logits // len(weight), 1))
     chunk = chunk or max(-(-len(h) // max(n_chunks, 1)), 1)                     # of equal size
     with torch.autocast(h.device.type, enabled=False):
@@ -952,7 +952,7 @@ def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor, rows: Te
     for at, x in ((rows, student), (teacher_rows, teacher)):
         assert len(weights) == len(x if at is None else at), f"{weights.shape=} {x.shape=}"
     teacher = teacher.detach()
-    if not runs_triton(student): return cosine_alignment_ref(student, teacher, weights, rows, teacher_rows, eps)
+    if not use_triton(student): return cosine_alignment_ref(student, teacher, weights, rows, teacher_rows, eps)
     every = torch.arange(len(weights), device=weights.device) if rows is None or teacher_rows is None else None
     return _CosineAlignment.apply(student.contiguous(), teacher.contiguous(), weights.contiguous(),
                                   every if rows is None else rows, every if teacher_rows is None else teacher_rows, eps)
@@ -1075,7 +1075,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tens
     B, _, D = x.shape
     assert scale.shape == shift.shape == (B, D), f"{x.shape=} {scale.shape=} {shift.shape=}"
     assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
-    if not runs_triton(x): return modulate_ref(x, scale, shift, eps)
+    if not use_triton(x): return modulate_ref(x, scale, shift, eps)
     return _modulate(x.contiguous(), scale.contiguous(), shift.contiguous(), eps)[0]
 
 
@@ -1084,7 +1084,7 @@ def gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     B, _, D = x.shape
     assert (h.shape, h.dtype) == (x.shape, x.dtype), f"{x.shape=} {h.shape=} {x.dtype=} {h.dtype=}"
     assert gate.shape == (B, D), f"{x.shape=} {gate.shape=}"
-    if not runs_triton(x): return gated_add_ref(x, h, gate)
+    if not use_triton(x): return gated_add_ref(x, h, gate)
     return _gated_add(x.contiguous(), h.contiguous(), gate.contiguous())
 
 

@@ -211,7 +211,7 @@ class Transformer(nn.Module):
             ranges = K.last_queries(K.causal_ranges(K.document_ranges(ids.new_zeros(B, past + T))), past)
         if ranges is not None:
             if causal and not cache: ranges = K.causal_ranges(ranges)
-            mask, causal = ranges if K.runs_triton(ids) else K.ranges_to_mask(ranges), False      # for all layers
+            mask, causal = ranges if K.use_triton(ids) else K.ranges_to_mask(ranges), False      # for all layers
         cos, sin = K.rope_tables(pos, self.cfg.head_dim, self.cfg.rope_theta, rope_scale(self.cfg))
         x = self.embed_tokens(ids)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         delta = None if tap else torch.zeros_like(x).requires_grad_(x.requires_grad)
         for i, block in enumerate(self.layers, 1):
             args = (x, delta, cos, sin, mask, causal)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 x, delta = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else: x, delta = block(*args, cache[i - 1] if cache else None)
             if i == upto: return x + delta

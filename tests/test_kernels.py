@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,11 @@ def check(fn, ref, *inputs, tol=None, **settings):
     before = [None if x is None else x.detach().clone() for x in inputs]
     tuples = lambda y: y if isinstance(y, tuple) else (y,)
     got, want = tuples(fn(*inputs, **settings)), tuples(ref(*exact, **settings))
-    up = [torch.randn(y.shape, generator=g).to(y.device) for y in got]
-    for i, (a, b) in enumerate(zip(got, want, strict=True)): close(a, b, tol or TOL[a.dtype], f'output {i}')
-    leaves = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
-    up = [u.to(a.dtype) for u, a in zip(up, got)]
-    grad = lambda ys, xs: torch.autograd.grad(ys, [xs[i] for i in leaves], [u.to(y.dtype) for u, y in zip(up, ys)])
+    up = [torch.randn(y.shape, generator=g).to(y.device, y.dtype) for y in got]
     low = min((x.dtype for x in inputs if x is not None and x.is_floating_point()), key=lambda d: d.itemsize)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)): close(a, b, tol or TOL[low], f'output {i}')
+    leaves = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    grad = lambda ys, xs: torch.autograd.grad(ys, [xs[i] for i in leaves], [u.to(y.dtype) for u, y in zip(up, ys)])
     for i, a, b in zip(leaves, grad(got, inputs), grad(want, exact)):
         assert a.dtype == inputs[i].dtype
         close(a, b, tol or TOL[low], f'gradient of input {i}')
@@ -233,6 +233,22 @@ def test_cosine_alignment(dtype, small):
     assert nothing == 0 and not torch.autograd.grad(nothing, student)[0].any()
 
 
+def test_references():
+    """Where a reference is not the formula itself: PyTorch's own functions, rows repeated with a weight, rounding."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher, w = torch.randn(5, 8, generator=g), torch.randn(6, 8, generator=g), torch.rand(4, generator=g)
+    rows = torch.tensor([3, 0, 3, 2])
+    want = (w * (1 - F.cosine_similarity(student[rows], teacher[rows + 1]))).sum()
+    torch.testing.assert_close(K.cosine_alignment_ref(student, teacher, w, rows, rows + 1), want)
+    x, scale, shift = student.view(1, 5, 8), torch.randn(1, 8, generator=g), torch.randn(1, 8, generator=g)
+    want = F.rms_norm(x, (8,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(K.modulate_ref(x, scale, shift), want)
+    torch.testing.assert_close(K.gated_add_ref(x, x, scale), x * (1 + scale[:, None]))
+    y, s = K.add_rms_norm_ref(student.bfloat16(), teacher[:5].bfloat16(), w.repeat(2), 1e-6)
+    assert torch.equal(s, student.bfloat16() + teacher[:5].bfloat16())
+    assert torch.equal(y, w.repeat(2).bfloat16() * F.rms_norm(s.float(), (8,), eps=1e-6).bfloat16())
+
+
 # -- glue ----------------------------------------------------------------------------------------------------
 
 
@@ -256,17 +272,21 @@ def test_compile_and_checkpoint(amp, monkeypatch):
     monkeypatch.setattr(K, 'KERNELS', 'torch')
     for a, b in zip(want, gradients()): assert (a - b).norm() < (0.06 if amp else 1e-5) * b.norm()
     monkeypatch.undo()
+    same = lambda a, b: torch.equal(a, b) or GPU and (a - b).norm() < 0.02 * b.norm()   # Inductor rounds elsewhere
     model.activation_checkpointing = True
-    assert all(map(torch.equal, gradients(), want))
+    assert all(map(same, gradients(), want))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for block in model.layers: block.compile(dynamic=False, fullgraph=True, backend='inductor' if GPU else 'aot_eager')
     for model.activation_checkpointing in (True, False):
-        for a, b in zip(gradients(), want): assert torch.equal(a, b) or GPU and (a - b).norm() < 0.02 * b.norm()
+        assert all(map(same, gradients(), want))
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1          # all blocks share it
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason='is the interpreter, or does better than it')
+BROKEN = K.triton.__version__ is None or K.triton.__version__ < '3.7' and np.lib.NumpyVersion(np.__version__) >= '2.4.0'
+
+
+@pytest.mark.skipif(GPU or INTERPRETED or BROKEN, reason='on a GPU; or no Triton; or 3.6, which numpy 2.4 breaks')
 def test_in_the_interpreter():
     """Everything marked `kernel` above, in a process whose triton interprets."""
     done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', __file__], cwd=ROOT,
@@ -291,17 +311,23 @@ def test_which_path(monkeypatch):
 
 # -- what the compiler makes of them -------------------------------------------------------------------------
 
-ROW = K._row_block(896) if K.triton.__version__ else {}
+ROW, WIDE = (K._row_block(D) if K.triton.__version__ else {} for D in (896, 5120))
 SHAPES = [                                                                      # Qwen2.5-0.5B, and Qwen3's head width
     ('_rms_norm_fwd', dict(eps=1e-6, ADD=True) | ROW), ('_rms_norm_bwd', dict(ADD=True) | ROW),
+    ('_rms_norm_fwd', dict(eps=1e-6, ADD=False, residual=None) | ROW),
+    ('_rms_norm_bwd', dict(ADD=False, ds=None) | ROW), ('_rms_norm_bwd', dict(ADD=True) | WIDE),
     ('_rope_fwd', dict(eps=1e-6, NORM=True), (14, 2, 64)), ('_rope_bwd', dict(NORM=True), (14, 2, 64)),
+    ('_rope_fwd', dict(eps=1e-6, NORM=False, q_weight=None, k_weight=None), (14, 2, 64)),
+    ('_rope_bwd', dict(NORM=False, qkv=None, q_weight=None, k_weight=None, rstd=None), (14, 2, 64)),
     ('_rope_bwd', dict(NORM=True), (16, 8, 128)),
     ('_swiglu_fwd', dict(F=4864) | K.SWIGLU), ('_swiglu_bwd', dict(F=4864) | K.SWIGLU),
-    ('_ce_rows', dict(HAS_B=True, GRAD=True, V=151936) | K.CE_ROWS),
+    ('_ce_rows', dict(HAS_B=True, GRAD=True) | K.CE_ROWS),
+    ('_ce_rows', dict(HAS_B=False, b=None, GRAD=True) | K.CE_ROWS),
+    ('_ce_rows', dict(HAS_B=False, b=None, GRAD=False) | K.CE_ROWS),
     ('_cosine_fwd', dict(eps=1e-6) | ROW), ('_cosine_bwd', dict(eps=1e-6) | ROW),
     ('_modulate_fwd', dict(eps=1e-6) | ROW), ('_modulate_bwd', ROW), ('_gated_add_fwd', ROW), ('_gated_add_bwd', ROW)]
 TYPES = {'*fp32': 'weight rstd cos sin q_weight k_weight dw a b ce w saved loss weights g dscale dshift dgate',
-         '*i64': 'targets rows teacher_rows', 'i32': 'n_rows n_tokens skip_col T n'}           # others: *bf16
+         '*i64': 'targets rows teacher_rows', 'i32': 'n_rows n_tokens skip_col T n V'}         # others: *bf16
 TYPES = {arg: kind for kind, args in TYPES.items() for arg in args.split()}
 
 
@@ -319,15 +345,15 @@ def test_compiles_without_spills(capability, shared_memory, tmp_path):
         source = ASTSource(
             fn, dict(zip(fn.arg_names, types)),
             {(i,): constants[arg] for i, arg in enumerate(fn.arg_names) if arg in constants},
-            {(i,): [['tt.divisibility', 16]] for i, kind in enumerate(types) if kind[0] == '*'})
+            {(i,): [['tt.divisibility', 16]] for i, arg in enumerate(fn.arg_names) if types[i][0] == '*' or arg == 'V'})
         done = K.triton.compile(source, GPUTarget('cuda', capability, 32), dict(num_warps=warps))
         (tmp_path / 'cubin').write_bytes(done.asm['cubin'])
         usage = subprocess.run([cuobjdump, '-res-usage', tmp_path / 'cubin'], capture_output=True, text=True).stdout
         usage = {k: int(v) for k, v in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
         assert usage['STACK'] == usage['LOCAL'] == 0 and usage['REG'] * warps * 32 <= 65536, f"{name} {usage}"
         assert done.metadata.shared <= shared_memory, f"{name} {done.metadata.shared}"
-        for way in ('ld', 'st'):
-            assert f'{way}.global.v4.b32' in done.asm['ptx'] or (name, way) == ('_cosine_fwd', 'st'), f"{name} {way}"
+        stores = name != '_cosine_fwd' and constants.get('GRAD', True)                  # else numbers per row alone
+        for way in ('ld', 'st')[:1 + stores]: assert f'{way}.global.v4.b32' in done.asm['ptx'], f"{name} {way}"
 
 
 # -- at full size --------------------------------------------------------------------------------------------
