@@ -149,9 +149,8 @@ def ranges_to_mask(ranges: Ranges) -> Tensor:
 #     dp = do v^T    ds = p (dp - delta)    dq = ds k / sqrt(hd)    dk = ds^T q / sqrt(hd)    dv = p^T do
 #
 # dq sums over keys: tiles of queries walk over keys, as in the forward. dk and dv sum over queries: tiles of keys
-# walk over the queries that see them (by_key), in S of the G heads. S = G needs nothing more; S = 1 leaves G parts to
-# be added, but G times as many programs, so that one key tile of a long document does not keep the others waiting.
-# No output is shared: no atomics, the same bits always.
+# walk over the queries that see them (by_key), in all heads of the group. No output is shared: no atomics, the same
+# bits always.
 #
 # A tile visits only blocks that one of its rows needs: those of the rows' first ranges, then those of their second
 # ranges that it has not visited yet. Rows past the end of a tensor are copies of its last row, so that loads need no
@@ -277,17 +276,16 @@ def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stri
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
                         dv_stride, lse_stride, scale, Tq, Tk,
-                        G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                        S: tl.constexpr):
-    part, b = tl.program_id(1), tl.program_id(2).to(tl.int64)   # of the heads: part * S and the S - 1 after it
+                        G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     seen, plan, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
-    k_tile = _load_rows(k, k_stride, b, part * S // G, cols, Tk, HD)
-    v_tile = _load_rows(v, v_stride, b, part * S // G, cols, Tk, HD)
+    k_tile = _load_rows(k, k_stride, b, h_kv, cols, Tk, HD)
+    v_tile = _load_rows(v, v_stride, b, h_kv, cols, Tk, HD)
     dk_acc = tl.zeros([BN, HD], tl.float32)
     dv_acc = tl.zeros([BN, HD], tl.float32)
-    for i in range(n_blocks * S):                               # s, p, dp and ds are transposed: (keys, queries)
-        at, h = _block(plan, i // S) * BM, part * S + i % S
+    for i in range(n_blocks * G):                               # s, p, dp and ds are transposed: (keys, queries)
+        at, h = _block(plan, i // G) * BM, h_kv * G + i % G
         rows = at + tl.arange(0, BM)
         row_at = b * lse_stride[0] + h * lse_stride[1] + rows
         q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
@@ -297,22 +295,22 @@ def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_str
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision='ieee')
         ds = p * (tl.dot(v_tile, do_block.T, input_precision='ieee') - tl.load(delta + row_at)[None, :])
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision='ieee')
-    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), dk_stride, b, part, cols, Tk, HD)
-    _store_rows(dv, dv_acc, dv_stride, b, part, cols, Tk, HD)
+    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), dk_stride, b, h_kv, cols, Tk, HD)
+    _store_rows(dv, dv_acc, dv_stride, b, h_kv, cols, Tk, HD)
 
 
 # Queries and keys of a tile, num_warps, num_stages, for 16-bit inputs by head_dim: on H100 and B200 (227 KB of shared
-# memory, wgmma), and on smaller cards (99 KB). Nothing spills.
+# memory, wgmma), and on smaller cards (99 KB). Nothing spills. Those of 64 on H100 are the best of a sweep; a program
+# per head of the group, with a sum afterwards, was no faster in dkdv.
 ATTENTION_TILES = {
-    ('fwd', 64): ((128, 64, 4, 3), (128, 64, 4, 3)), ('fwd', 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
-    ('dq', 64): ((128, 64, 8, 3), (128, 32, 4, 2)), ('dq', 128): ((128, 64, 8, 2), (64, 32, 4, 2)),
-    ('dkdv', 64): ((64, 128, 8, 2), (32, 64, 4, 2)), ('dkdv', 128): ((64, 128, 8, 2), (32, 64, 8, 2)),
+    ('fwd', 64): ((64, 128, 4, 2), (128, 64, 4, 3)), ('fwd', 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
+    ('dq', 64): ((64, 64, 4, 3), (128, 32, 4, 2)), ('dq', 128): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    ('dkdv', 64): ((64, 64, 4, 3), (32, 64, 4, 2)), ('dkdv', 128): ((64, 128, 8, 2), (32, 64, 8, 2)),
     ('fwd', 256): ((64, 64, 8, 2), (64, 32, 8, 2)), ('dq', 256): ((64, 64, 8, 2), (32, 32, 4, 1)),
     ('dkdv', 256): ((32, 32, 8, 1), (32, 32, 8, 1))}
-ATTENTION_SPLIT = True                                                          # S = 1 rather than G
 
 
-def _launch_attention(op, kernel, ranges, scale, q, k, *more, **constants):
+def _launch_attention(op, kernel, ranges, scale, q, k, *more):
     """A program per tile of queries (dkdv: of keys), head and row. The kernels take the tensors, the ranges, the
     strides of every (B, H, T, hd) and those of lse, and the rest."""
     tensors, (B, H, Tq, HD), (Hkv, Tk) = (q, k, *more), q.shape, k.shape[1:3]
@@ -321,14 +319,14 @@ def _launch_attention(op, kernel, ranges, scale, q, k, *more, **constants):
         small = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (9, 10)
         BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)][small]
     strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
-    grid = (triton.cdiv(Tk, BN), H // constants['S'], B) if op == 'dkdv' else (triton.cdiv(Tq, BM), H, B)
+    grid = (triton.cdiv(Tk, BN), Hkv, B) if op == 'dkdv' else (triton.cdiv(Tq, BM), H, B)
     kernel[grid](*tensors, ranges, *strides, more[-1].stride()[:2], scale, Tq, Tk, H // Hkv, ranges.shape[2], HD,
-                 BM, BN, **constants, num_warps=num_warps, num_stages=num_stages)
+                 BM, BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _new_attention(x: Tensor, heads: int = 0) -> Tensor:
+def _new_attention(x: Tensor) -> Tensor:
     """Empty, of x's shape (B, H, T, hd), in memory (B, T, H, hd): transposing and flattening the heads is free."""
-    return x.new_empty(x.shape[0], x.shape[2], heads or x.shape[1], x.shape[3]).transpose(1, 2)
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _new_lse(q: Tensor) -> Tensor:
@@ -349,13 +347,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
                         lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
-    G = q.shape[1] // k.shape[1]
-    S = 1 if ATTENTION_SPLIT else G
-    dq, delta = _new_attention(q), torch.zeros_like(lse)
-    dk, dv = (_new_attention(x, x.shape[1] * G // S) for x in (k, v))
+    dq, dk, dv, delta = _new_attention(q), _new_attention(k), _new_attention(v), torch.zeros_like(lse)
     _launch_attention('dq', _attention_bwd_dq, by_query, scale, q, k, v, o, do, dq, lse, delta)
-    _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta, S=S)
-    if S < G: dk, dv = (x.transpose(1, 2).unflatten(2, (-1, G)).sum(3).transpose(1, 2) for x in (dk, dv))
+    _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta)
     return dq, dk, dv
 
 

@@ -147,14 +147,6 @@ def poisoned():
     finally: K._new_attention = new
 
 
-@contextlib.contextmanager
-def together():
-    """One program for the whole group of heads: no parts to add."""
-    K.ATTENTION_SPLIT = False
-    try: yield
-    finally: K.ATTENTION_SPLIT = True
-
-
 def inputs(visible, H, Hkv, hd, dtype, gain, device, seed):
     """q, k, v as views: of one fused (B, T, H + 2 Hkv, hd), or of a cache that is NaN where it is not filled."""
     g = torch.Generator().manual_seed(seed)
@@ -306,7 +298,6 @@ def interpret():
         try: out[name] = errors(*case, dtype, gain, seed=len(name))
         except Exception as e: out[name] = f'{type(e).__name__}: {e}'
     *case, dtype, gain = cases(1)['groups of 7']
-    with together(): out['together'] = errors(*case, dtype, gain)
     out |= dict(composition=composition('cpu', 'aot_eager'), sampling=sampling('cpu'), expanded=expanded('cpu'))
     print(json.dumps(out))
 
@@ -318,7 +309,7 @@ def compile_for(arch, hopper, op, hd, R):
     from triton.compiler import ASTSource, compile
     kernel = dict(fwd=K._attention_fwd, dq=K._attention_bwd_dq, dkdv=K._attention_bwd_dkdv)[op]
     BM, BN, num_warps, num_stages = K.ATTENTION_TILES[op, hd][not hopper]
-    constants, signature, aligned = dict(G=7, R=R, HD=hd, BM=BM, BN=BN, S=1), {}, {}
+    constants, signature, aligned = dict(G=7, R=R, HD=hd, BM=BM, BN=BN), {}, {}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for i, name in enumerate(kernel.arg_names):
         if name in constants: signature[name] = 'constexpr'
@@ -376,7 +367,6 @@ needs_interpreter = pytest.mark.skipif(
 def test_interpreted(interpreted, name):
     assert isinstance(interpreted[name], dict), interpreted[name]
     small(interpreted[name], *cases(1)[name][5:])
-    small(interpreted['together'], torch.float32)
 
 
 @needs_interpreter
@@ -421,7 +411,6 @@ def test_gpu(name):
 def test_gpu_head_dims_and_dtypes(name, hd, dtype):
     visible, ranges, *_ = cases(11)[name]
     small(errors(visible, ranges, 4, 2, hd, dtype, 1, 'cuda'), dtype)
-    with together(): small(errors(visible, ranges, 4, 2, hd, dtype, 1, 'cuda'), dtype)
 
 
 @pytest.mark.gpu
