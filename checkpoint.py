@@ -149,14 +149,14 @@ def load_optimizers(path: Path, objective, optimizers):
 def provenance(device: str, started: float) -> dict:
     """What every results/*.json says of its origin: command, commit, hardware, versions, wall time."""
     git = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
-    commit = shutil.which('git') and subprocess.run(git, capture_output=True, text=True,
+    commit = os.environ.get('COMMIT') or shutil.which('git') and subprocess.run(git, capture_output=True, text=True,
                                                     cwd=Path(__file__).parent).stdout.strip()
     gpu = device.startswith('cuda')
     world = int(os.environ.get('WORLD_SIZE', 1))
     name = (torch.cuda.get_device_name() if gpu else
             f'CPU {platform.machine()}, {torch.get_num_threads()} threads')
     return dict(command=' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
-                commit=commit or os.environ.get('COMMIT', 'unknown'), date=time.strftime('%Y-%m-%d'),
+                commit=commit or 'unknown', date=time.strftime('%Y-%m-%d'),
                 hardware=f'{world} x {name}' if world > 1 else name,
                 versions=dict(python=platform.python_version(), torch=torch.__version__),
                 wall_minutes=round((time.time() - started) / 60, 2),
