@@ -81,7 +81,7 @@ class MDM(Objective):
     def row_nll(self, batch, k=1, seed=0, estimator='count'):
         """Monte-Carlo upper bound on the nats of each row, and its number of scored tokens: (B,), (B,). k stratified
         draws per document. estimator 'count': the number m of masked tokens uniform in 1..n, weight n/m (LLaDA
-        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row), not on
+        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row, T), not on
         what else is in the batch."""
         B, T = batch.ids.shape
         target, doc = batch.is_target.cpu().numpy(), batch.doc.cpu().numpy()

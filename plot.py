@@ -87,7 +87,7 @@ PUBLISHED = {
 def evaluation():
     """Ours from results/<name>_{val,humaneval,infill_single}.json; the rest as published."""
     pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
-    rows = [('', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
+    rows = [('model', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
              'single-line infilling pass@1, average / '
              'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
@@ -104,7 +104,22 @@ def evaluation():
     return table(*rows)
 
 
-BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation)
+def canonical():
+    rows = [('reference solutions in the sandbox', 'problems', 'pass', 'programs/s')]
+    for file in ('canonical', 'canonical_mbpp'):
+        r = load(file)
+        rows += [(f'`{task}`' + (' (all splits)' if task == 'mbpp' else ''), f"{x['n_problems']:,}", f"{x['pass@1']:.0%}",
+                  f"{x['programs_per_s']:.0f}") for task, x in r['results'].items()]
+    return table(*rows)
+
+
+def sandbox():
+    return table(('HumanEval\'s solutions', 'programs/s', 'ms each'),
+                 *((row['way'], f"{row['programs_per_s']:.0f}", f"{row['ms']:.1f}") for row in load('bench_sandbox')['results']))
+
+
+BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
+              canonical=canonical, sandbox=sandbox)
 
 
 def render(text):
