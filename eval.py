@@ -475,7 +475,8 @@ if __name__ == '__main__':
         import harness
         done['results']['lm_eval'] = found = harness.evaluate(
             obj, tok, lm_eval.split(','), draws=draws, seed=seed, batch_size=batch_size, limit=limit, n_shot=n_shot,
-            include_path=include_path, seq_len=seq_len or min(obj.model.cfg.max_seq_len, 1024), sampler={k: config[k] for k in (*SAMPLER, 'max_new_tokens')})
+            include_path=include_path, seq_len=seq_len or min(obj.model.cfg.max_seq_len, 1024),
+            sampler={k: config[k] for k in (*SAMPLER, 'max_new_tokens')})
         for name, metrics in found.get('results', {}).items(): show(name, metrics)
     if WORLD > 1:
         dist.barrier()

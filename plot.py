@@ -108,14 +108,15 @@ def canonical():
     rows = [('reference solutions in the sandbox', 'problems', 'pass', 'programs/s')]
     for file in ('canonical', 'canonical_mbpp'):
         r = load(file)
-        rows += [(f'`{task}`' + (' (all splits)' if task == 'mbpp' else ''), f"{x['n_problems']:,}", f"{x['pass@1']:.0%}",
-                  f"{x['programs_per_s']:.0f}") for task, x in r['results'].items()]
+        rows += [(f'`{task}`' + (' (all splits)' if task == 'mbpp' else ''), f"{x['n_problems']:,}",
+                  f"{x['pass@1']:.0%}", f"{x['programs_per_s']:.0f}") for task, x in r['results'].items()]
     return table(*rows)
 
 
 def sandbox():
     return table(('HumanEval\'s solutions', 'programs/s', 'ms each'),
-                 *((row['way'], f"{row['programs_per_s']:.0f}", f"{row['ms']:.1f}") for row in load('bench_sandbox')['results']))
+                 *((row['way'], f"{row['programs_per_s']:.0f}", f"{row['ms']:.1f}")
+                   for row in load('bench_sandbox')['results']))
 
 
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
