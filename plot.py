@@ -1,4 +1,4 @@
-"""Tables and figures, from results/*.json and nothing else.
+"""Tables and figures, from results/*.json (and PUBLISHED: numbers of others, quoted).
 
     python plot.py                  # rewrite every block between <!-- name --> and <!-- end --> in README.md
     python plot.py --check          # only say whether README.md is up to date (the tests do)
@@ -152,8 +152,8 @@ def results_table(files, as_csv=False):
     rows = [numbers(r) for r in loaded]
     columns = list(dict.fromkeys(c for row in rows for c in row))
     head = ['model', *columns]
-    body = [[r['model']['path'], *(f'{row[c]:.4f}' if c in row else '' for c in columns)]
-            for r, row in zip(loaded, rows)]
+    names = [r['model']['path'] if r['model'] else 'reference solutions' for r in loaded]
+    body = [[name, *(f'{row[c]:.4f}' if c in row else '' for c in columns)] for name, row in zip(names, rows)]
     if not as_csv: return table(head, *body) + '\n'
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([head, *body])
@@ -209,7 +209,8 @@ def sweep_lines(result, metric):
         key, x = point[0].split('=')
         first = first or key
         xs, ys = lines.setdefault(', '.join([task, *point[1:]]), ([], []))
-        xs.append(float(x) if x.replace('.', '', 1).isdigit() else x)
+        try: xs.append(float(x))
+        except ValueError: xs.append(x)
         ys.append(values[metric])
     if not lines: raise SystemExit(f"no sweep in this file has the metric {metric!r}")
     return first, lines
