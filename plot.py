@@ -121,8 +121,8 @@ def sandbox():
 
 def speed():
     r = load('bench_first')
-    rows = [(f"training step, 16 x 1,024 tokens, {r['hardware']}", 'tokens/s', 'ms', 'peak memory', 'MFU', 'cosine to the '
-             'fp32 gradient')]
+    rows = [(f"training step, 16 x 1,024 tokens, {r['hardware']}", 'tokens/s', 'ms', 'peak memory', 'MFU',
+             'cosine to the fp32 gradient')]
     labels = dict(hf_compile_compact='transformers, torch.compile, head at masked rows only', ours='ours')
     return table(*rows, *((labels[x['peer']], f"{x['tokens_per_s'] / 1e3:.1f}k", f"{x['median_ms']:.1f}",
                            f"{x['peak_gib']:.1f} GiB", f"{x['mfu']:.1%}", f"{x['cosine']:.4f}") for x in r['results']))
