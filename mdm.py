@@ -160,17 +160,8 @@ class MDM(Objective):
         pad_side: where shorter rows are padded; it does not change the result.
         block_len: semi-autoregressive blocks of so many generated tokens, left to right; 0 = one block.
         history: a list (anything with append) that gets (ids (B, T), confidence (B, T)) on the CPU after every step."""
-        for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
-                                   ('score', score, ('confidence', 'margin', 'entropy', 'random')),
-                                   ('remask', remask, ('none', 'p2'))):
-            if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if remask == 'p2' and commit != 'schedule':
-            raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
-        if remask == 'p2' and score != 'confidence':
-            raise SystemExit("remask='p2' ranks by the current token's probability: use score='confidence'")
-        if block_len < 0: raise SystemExit(f"block_len must be at least 0, got {block_len}")
+        self.check_sampler(commit, score, remask, block_len, n_steps)
         if stop_at_eos and self.eos_id is None: raise SystemExit("stop_at_eos needs a checkpoint with an eos_id")
-        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         x, hole, real = self._layout(templates, pad_side)
         ranges, pos = None, (real.long().cumsum(1) - 1).clamp(min=0)
         if not real.all(): ranges = document_ranges(real.long() - 1)
@@ -206,6 +197,20 @@ class MDM(Objective):
                 if history is not None: history.append((x.cpu(), conf.cpu()))
             if stop_at_eos: x = self._close(x, hole)
         return self._trim(x, hole, real, stop_at_eos), nfe
+
+    @staticmethod
+    def check_sampler(commit, score, remask, block_len, n_steps):
+        """Refuse settings that `infill` has no rule for."""
+        for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
+                                   ('score', score, ('confidence', 'margin', 'entropy', 'random')),
+                                   ('remask', remask, ('none', 'p2'))):
+            if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if remask == 'p2' and commit != 'schedule':
+            raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
+        if remask == 'p2' and score != 'confidence':
+            raise SystemExit("remask='p2' ranks by the current token's probability: use score='confidence'")
+        if block_len < 0: raise SystemExit(f"block_len must be at least 0, got {block_len}")
+        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
 
     def _candidates(self, h, old, greedy, temperature, top_k, top_p, score, generator):
         """Hidden rows h (N, D) of positions that hold old (N,) -> token, confidence in it and rank, larger first, (N,)
