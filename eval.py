@@ -1,7 +1,7 @@
 """Measure a checkpoint: one command, one JSON, every sample in a JSONL beside it.
 
     python eval.py --out_dir=weights --tasks=nll,humaneval,infill_single --execute_code=true
-    python eval.py config/eval_completion.py --out_dir=fredzzp/open-dcoder-0.5B --objective=mdm --execute_code=true
+    python eval.py config/eval_completion.py --out_dir=fredzzp/open-dcoder-0.5B --objective=mdm --shift=true ...
     python eval.py --out_dir=out/x --tasks=humaneval --sweep='temperature=0.2,0.6;n_steps=32,128' --execute_code=true
     python eval.py --out_dir=out/x --lm_eval=hellaswag,arc_easy          # EleutherAI's harness
     torchrun --standalone --nproc_per_node=8 eval.py config/eval_infill.py --out_dir=out/x --execute_code=true
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from datetime import timedelta
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import benchmarks
 import sandbox
 import solve
-from checkpoint import find, load_checkpoint, provenance, write_json
+from checkpoint import disk_is_full, find, load_checkpoint, provenance, write_json
 from configurator import configure
 from data import Corpus, batch_from_documents, prepare
 
@@ -166,6 +167,20 @@ def grid(sweep, config):
     return [dict(point) for point in itertools.product(*axes)]
 
 
+def read_json(path):
+    """{} if there is nothing yet."""
+    try: return json.loads(Path(path).read_text() or '{}') if Path(path).exists() else {}
+    except (OSError, ValueError) as e: raise SystemExit(f"{path}: not a result of eval.py: {e}") from None
+
+
+def explain(kind, error, trace):
+    """What the user can cure ends in one line."""
+    if issubclass(kind, KeyboardInterrupt): print("interrupted: the same command goes on", file=sys.stderr)
+    elif issubclass(kind, torch.OutOfMemoryError): print("out of GPU memory: lower --batch_size", file=sys.stderr)
+    elif disk_is_full(error): print(f"the disk is full ({error}): the same command goes on", file=sys.stderr)
+    else: sys.__excepthook__(kind, error, trace)
+
+
 def show(task, result):
     """One line on the screen; bounds carry their sign."""
     rounded = lambda v: {k: rounded(x) for k, x in v.items()} if isinstance(v, dict) else (
@@ -222,6 +237,7 @@ if __name__ == '__main__':
     device = ''                     # cuda or cpu; default: cuda when there is one
     result = ''                     # results/x.json; default: out_dir/eval-<tasks>.json
     config = configure(globals())
+    sys.excepthook = explain
     started, known = time.time(), ('nll', 'bigram', 'samples', 'gen_ppl', *benchmarks.TASKS)
     wanted, points = [] if lm_eval else tasks.split(','), grid(sweep, config)
     problems, swept = [t for t in wanted if t in benchmarks.TASKS], set().union(*points)
@@ -238,8 +254,15 @@ if __name__ == '__main__':
             (swept - {*solve.SAMPLER, 'max_new_tokens', 'seed'},
              f"sweep can vary {', '.join(solve.SAMPLER)}, max_new_tokens and seed"),
             ({'nll', 'bigram'} & set(wanted) and swept, "nll and bigram do not depend on what a sweep varies"),
-            (data and len(problems) > 1, "--data is a file for one task: run the tasks one by one"),
-            (canonical and problems != wanted, "--canonical is for problems only")):
+            (sweep and not wanted, "--sweep is for --tasks, not for --lm_eval"),
+            (data and len(problems) != 1, "--data is a file for one task of problems: run the tasks one by one"),
+            (canonical and problems != wanted, "--canonical is for problems only"),
+            (canonical and not execute_code, "--canonical needs --execute_code=true: running them is the point"),
+            (temperature < 0 or not 0 < top_p <= 1 or seed < 0,
+             "temperature and seed must be at least 0, top_p above 0 and at most 1"),
+            (device not in ('', 'cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available(),
+             f"device must be cpu, or cuda where there is one, got {device!r}"),
+            (include_path and not Path(include_path).is_dir(), f"--include_path: no directory {include_path}")):
         if wrong: raise SystemExit(why)
     for task in problems: benchmarks.load(task, data, 1)                # what is missing shows now
     if execute_code and RANK == 0: print('sandbox: ' + '; '.join(sandbox.guarantees()))
@@ -253,12 +276,22 @@ if __name__ == '__main__':
         out_dir, objective, shift.lower() == 'true' if shift else None, mask_id if mask_id >= 0 else None)
     reader, reader_tok = load_checkpoint(scorer) if 'gen_ppl' in wanted else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
+    for point in points if hasattr(obj, 'check_sampler') else ():
+        obj.check_sampler(**{k: (config | point)[k] for k in ('commit', 'score', 'remask', 'block_len', 'n_steps')})
     weights = obj and solve.fingerprint(obj)
     for model in filter(None, (obj, reader)): model.to(device)
-    name = f"eval-{lm_eval or tasks}.json".replace(',', '-').replace('/', '_')
+    name = f"eval-{lm_eval or tasks}{'-sweep' * bool(sweep)}.json".replace(',', '-').replace('/', '_')
     if not result and not Path(out_dir).is_dir() and obj: name = f"{Path(out_dir).name}-{name}"
     path = Path(result or (Path(out_dir) if Path(out_dir).is_dir() and obj else Path()) / name)
-    stem = str(path.with_suffix(''))
+    stem, same = str(path.with_suffix('')), {k: v for k, v in config.items() if k not in ('device', 'result')}
+    there = read_json(path).get('config', {})
+    differ = [f'{k} {there[k]!r} -> {v!r}' for k, v in same.items() if there.get(k, v) != v]
+    if differ: raise SystemExit(f"{path} holds results of other settings ({'; '.join(differ)}): delete it or choose "
+                                "another --result")
+    try:                                                                # fail before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(f'{stem}.part', 'a').close()
+    except OSError as e: raise SystemExit(f"cannot write {path}: {e.strerror}") from None
 
     @functools.cache
     def corpus(split):
@@ -298,10 +331,11 @@ if __name__ == '__main__':
             dtype='bfloat16 autocast' if on_gpu else 'float32', results=results, config=config)
 
     # the file with some results missing is what a killed run left: its tasks are not done again
-    same = {k: v for k, v in config.items() if k not in ('device', 'result')}
     part = Path(f'{stem}.part')
-    before = json.loads(part.read_text()) if part.exists() else {}
-    results = before['results'] if (before.get('same'), before.get('weights')) == (same, weights) else {}
+    before = [read_json(part)]
+    if WORLD > 1: dist.broadcast_object_list(before)                    # all do what rank 0 finds undone
+    is_ours = (before[0].get('same'), before[0].get('weights')) == (same, weights)
+    results = before[0]['results'] if is_ours else {}
     with torch.autocast('cuda', torch.bfloat16, enabled=on_gpu):
         for point, task in itertools.product(points, wanted):
             name = ','.join([task, *(f'{k}={v}' for k, v in point.items())])
@@ -309,6 +343,8 @@ if __name__ == '__main__':
                 results[name] = measure(task, config | point, f'{stem}.{name}.jsonl')
                 if RANK == 0: write_json(part, dict(same=same, weights=weights, results=results))
             if RANK == 0: show(name, results[name])
+            if RANK == 0 and task in problems and not execute_code and benchmarks.TASKS[task].metric == 'pass@k':
+                print('    no program was run: for pass@k say --execute_code=true, the samples are kept')
         if lm_eval:
             import harness
             results['lm_eval'] = found = harness.evaluate(

@@ -147,22 +147,35 @@ def numbers(result):
     """One result of eval.py -> {column: number} of what belongs into a table."""
     out = {}
     for task, r in result['results'].items():
-        if 'bits_per_byte' in r and task == 'nll': out['bits/byte'] = r['bits_per_byte']
+        if task == 'nll': out['bits/byte'] = bits(r)
+        if task == 'lm_eval':
+            out |= {f"{name} {k.split(',')[0]}": v for name, m in r['results'].items() for k, v in m.items()
+                    if isinstance(v, float) and 'stderr' not in k}
+            continue
         groups = {'': r, ' average': r.get('average', {})} | {f' {k}': v for k, v in r.get('by_length', {}).items()}
         for group, values in groups.items():
-            out |= {f'{task}{group} {k}': values[k] for k in ('pass@1', 'pass@10', 'exact_match', 'gen_ppl')
-                    if k in values}
+            shown = 'pass@1', 'pass@10', 'exact_match', 'gen_ppl', 'token_entropy', 'lines_that_parse'
+            out |= {f'{task}{group} {k}': values[k] for k in shown if values.get(k) is not None}
     return out
 
 
+def eval_result(file):
+    try: result = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as e: raise SystemExit(f"{file}: {e}") from None
+    if not isinstance(result, dict) or not {'model', 'results', 'config'} <= result.keys():
+        raise SystemExit(f"{file} is not a result of eval.py")
+    return result
+
+
 def results_table(files, as_csv=False):
-    """Rows: models; columns: every number that any of the files has."""
-    loaded = [json.loads(Path(f).read_text()) for f in files]
+    """Rows: files; columns: every number that any of them has. Bounds carry their sign."""
+    loaded = list(map(eval_result, files))
     rows = [numbers(r) for r in loaded]
     columns = list(dict.fromkeys(c for row in rows for c in row))
     head = ['model', *columns]
     names = [r['model']['path'] if r['model'] else 'reference solutions' for r in loaded]
-    body = [[name, *(f'{row[c]:.4f}' if c in row else '' for c in columns)] for name, row in zip(names, rows)]
+    cell = lambda v: v if isinstance(v, str) else f'{v:.4f}'
+    body = [[name, *(cell(row.get(c, '')) for c in columns)] for name, row in zip(names, rows)]
     if not as_csv: return table(head, *body) + '\n'
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([head, *body])
@@ -185,6 +198,8 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False):
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
         ax.minorticks_off()
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if all(isinstance(x, int) for xs, _ in lines.values() for x in xs): ax.set_xticks(range(1, 1 + max(map(
+        max, (xs for xs, _ in lines.values())))))
     ax.grid(alpha=0.3)
     ax.spines[['top', 'right']].set_visible(False)
     if len(lines) > 1: ax.legend(frameon=False, fontsize=8)
@@ -198,7 +213,7 @@ def pass_at_k_curves(files, out):
     from benchmarks import pass_at_k
     lines = {}
     for f in files:
-        result = json.loads(Path(f).read_text())
+        result = eval_result(f)
         n = result['config']['n_samples']
         for task, r in result['results'].items():
             if n > 1 and 'n_passed' in r:
@@ -234,7 +249,10 @@ if __name__ == '__main__':
     out = ''                    # .md, .csv or .png
     from configurator import configure
     configure(globals(), quiet=True)
-    if (pass_at_k or sweep) and not out: raise SystemExit("a figure needs --out=x.png")
+    if (pass_at_k or sweep) and not out.endswith(('.png', '.pdf', '.svg')):
+        raise SystemExit("a figure needs --out=x.png (or .pdf, .svg)")
+    if table_of and not out.endswith(('.md', '.csv')) and out: raise SystemExit("a table needs --out=x.md or x.csv")
+    if out and not Path(out).parent.is_dir(): raise SystemExit(f"no directory {Path(out).parent}")
     for file in filter(None, f'{table_of},{pass_at_k},{sweep}'.split(',')):
         if not Path(file).is_file(): raise SystemExit(f"no such file: {file}")
     if table_of:
@@ -243,7 +261,7 @@ if __name__ == '__main__':
         print(text, end='')
     elif pass_at_k: pass_at_k_curves(pass_at_k.split(','), out)
     elif sweep:
-        result = json.loads(Path(sweep).read_text())
+        result = eval_result(sweep)
         key, lines = sweep_lines(result, metric)
         figure(result['model']['path'], key, metric, lines, out, log_x=key == 'n_steps')
     else:

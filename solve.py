@@ -92,7 +92,8 @@ class Log:
             parts = sorted(self.path.parent.glob(f'{self.path.name}.[0-9]*'))
             files = [self.path, *parts] if self.path.exists() else []       # parts alone are of a deleted file
             lines = [line for f in files for line in f.read_text().splitlines(True)]
-            head, *records = [json.loads(line) for line in lines if line.endswith('\n')] or [self.head]
+            try: head, *records = [json.loads(line) for line in lines if line.endswith('\n')] or [self.head]
+            except ValueError as e: raise SystemExit(f"{self.path} is broken, delete it ({e})") from None
             there = head.get('settings', {})
             differ = [f"{k} {there.get(k)!r} -> {v!r}" for k, v in self.head['settings'].items() if there.get(k) != v]
             if differ:

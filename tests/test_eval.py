@@ -200,11 +200,17 @@ def test_a_checkpoint_like_open_dcoder_opens_with_the_readme_s_command(tmp_path)
     assert list(r['results']['infill_single']['by_length']) == ['4', '8', '16', '32', '64', 'oracle']
 
 
+WEIGHTS = f'--out_dir={Path(ev.__file__).parent}/weights'
+
+
 @pytest.mark.parametrize('args,says', [
     (['--tasks=gen_ppl', '--n_samples=4'], 'needs --scorer'), (['--tasks=samples'], '--n_samples'),
     (['--lengths=4,x'], 'lengths is a comma list'),
     (['--sweep=batch_size=1,2'], 'sweep can vary'), (['--tasks=humaneval', '--data=nowhere.jsonl'], 'no such file'),
     (['--tasks=humaneval,mbpp', '--data=x.jsonl'], 'one by one'), (['--canonical=true'], 'problems only'),
+    (['--canonical=true', '--tasks=humaneval'], 'execute_code'), ([WEIGHTS, '--tasks=humaneval', '--remask=p3'], 'remask'),
+    ([WEIGHTS, '--tasks=humaneval', '--result=/proc/x.json'], 'cannot write'),
+    (['--device=gpu'], 'device must be'),
     (['--out_dir=nowhere', '--tasks=humaneval'], 'nowhere')], ids=str)
 def test_a_wrong_input_ends_in_one_line(args, says):
     done = command(Path(ev.__file__), *args)
