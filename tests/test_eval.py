@@ -208,7 +208,8 @@ WEIGHTS = f'--out_dir={Path(ev.__file__).parent}/weights'
     (['--lengths=4,x'], 'lengths is a comma list'),
     (['--sweep=batch_size=1,2'], 'sweep can vary'), (['--tasks=humaneval', '--data=nowhere.jsonl'], 'no such file'),
     (['--tasks=humaneval,mbpp', '--data=x.jsonl'], 'one by one'), (['--canonical=true'], 'problems only'),
-    (['--canonical=true', '--tasks=humaneval'], 'execute_code'), ([WEIGHTS, '--tasks=humaneval', '--remask=p3'], 'remask'),
+    (['--canonical=true', '--tasks=humaneval'], 'execute_code'),
+    ([WEIGHTS, '--tasks=humaneval', '--remask=p3'], 'remask'),
     ([WEIGHTS, '--tasks=humaneval', '--result=/proc/x.json'], 'cannot write'),
     (['--device=gpu'], 'device must be'),
     (['--out_dir=nowhere', '--tasks=humaneval'], 'nowhere')], ids=str)
