@@ -628,9 +628,11 @@ def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False) -> tupl
 class Corpus:
     """A fixed, numbered partition of one split of a prepared data set into rows of `seq_len` tokens.
 
-    len(): rows; row_targets: (rows,), n_targets: their sum; n_bytes: of the text; meta: meta.json."""
+    len(): rows; row_targets: (rows,), n_targets: their sum; n_bytes: of the text; meta: meta.json.
+    fraction: `batch` draws from so many of the rows, chosen once; a smaller share is a subset of a larger one."""
 
-    def __init__(self, path: str | Path, split: str, seq_len: int, model_vocab_size: int | None = None):
+    def __init__(self, path: str | Path, split: str, seq_len: int, model_vocab_size: int | None = None,
+                 fraction: float = 1.0):
         self.path, self.split, self.seq_len = Path(path), split, seq_len
         if not (self.path / "meta.json").is_file():
             raise SystemExit(f"no prepared data set in {path}: python data.py --dataset=... --out_dir={path}")
@@ -652,8 +654,10 @@ class Corpus:
         flags = self.path / f"{split}.tgt.bin"
         self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() else None
         self._make_rows(np.load(self.path / f"{split}.docs.npy"))
+        every = np.arange(len(self)) if fraction == 1 else np.random.default_rng(0).permutation(len(self))
+        self.used = every[:max(round(fraction * len(self)), 1)]
         self._permutation = functools.lru_cache(2)(        # a global batch may span two epochs
-            lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(len(self)))
+            lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(self.used))
 
     def _make_rows(self, starts: np.ndarray) -> None:
         """The segment table. Chunk c is the `_length[c]` tokens from `_start[c]`, at column `_col[c]` of its
@@ -700,7 +704,7 @@ class Corpus:
 
     def batch(self, step: int, lo: int, hi: int, global_batch_size: int, seed: int) -> Batch:
         """Rows lo..hi-1 of the global batch of `step`. Rows come in one permutation after the other."""
-        epochs, index = np.divmod(step * global_batch_size + np.arange(global_batch_size), len(self))
+        epochs, index = np.divmod(step * global_batch_size + np.arange(global_batch_size), len(self.used))
         rows = np.array([self._permutation(seed, int(e))[i] for e, i in zip(epochs, index)])
         return self._rows(rows[lo:hi], np.arange(lo, hi), self.row_targets[rows].sum(), step)
 
