@@ -242,6 +242,15 @@ def chat_segments(messages: list[dict], hf=None) -> list[tuple[str, bool, bool]]
     return segments + [(full[done:], False, True)] * (done < len(full))
 
 
+def chat_prompt(text: str, tok: Tokenizer) -> list[int]:
+    """The ids of a conversation that begins with `text`, up to where the assistant is to speak, as in training."""
+    hf = getattr(tok, "hf", None)
+    if getattr(hf, "chat_template", None):
+        messages = [dict(role="user", content=text)]
+        return tok.encode(hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), special=True)
+    return tok.encode(f"user: {text}\n\n") + tok.encode("assistant: ")
+
+
 def _row_document(row: dict, key: str, where: str, hf=None) -> str | list:
     """The document of a row: column `key`, text or a conversation, or the columns 'prompt,response'."""
     for k in key.split(","):

@@ -2,9 +2,11 @@
 
 The oracle for the teacher is transformers' own Llama, run on each document alone; for the formula, loops.
 """
+import importlib
 import json
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,3 +359,30 @@ def test_the_minutes_are_in_the_metrics(align):
     lines = [json.loads(line) for line in Path('run/metrics.jsonl').read_text().splitlines()]
     times = [line['minutes'] for line in lines]
     assert times == sorted(times) and 0 < times[-1] < 5 and len(times) == 8
+
+
+# ---- the baseline it was compared with ---------------------------------------------------------------------
+def test_the_broken_gradient_is_what_the_formula_says():
+    """Open-dLLM's baseline: the right loss; a gradient scaled by the first label's weight, nothing without a mask."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / 'experiments'))
+    try: BrokenMDM = importlib.import_module('broken_gradient').BrokenMDM
+    finally:
+        sys.path.pop(0)
+        checkpoint.OBJECTIVES.pop('mdm_broken', None)
+    zero = 0
+    for step in range(12):
+        obj = BrokenMDM(backbone(1), MASK, shift=True, weighting='planner')
+        batch = obj.prepare(replace(packed(), step=step), seed=2)
+        is_masked, xt = batch.noise['xt'] == MASK, batch.noise['xt']
+        loss, stats = obj(batch)
+        assert loss.item() == pytest.approx(MDM.forward(obj, batch)[0].item(), rel=1e-6)
+        ce = F.cross_entropy(obj.logits(xt, is_masked.flatten().nonzero().squeeze(1), batch.ranges, batch.pos),
+                             batch.ids[is_masked], reduction='none')
+        first = is_masked[0, 1]                             # then it is the first of the masked ones
+        w = batch.noise['a'][0] + batch.noise['b'][0] * (-ce[0]).exp().detach() if first else 0.0
+        parameters = list(obj.parameters())
+        got = torch.autograd.grad(loss, parameters)
+        for a, b in zip(got, torch.autograd.grad(w * ce.sum(), parameters)):
+            torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-5)
+        zero += not first
+    assert 2 <= zero <= 10
