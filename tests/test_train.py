@@ -305,7 +305,8 @@ def test_sft_learns_to_answer(train, tmp_path, objective):
             f.write(json.dumps(dict(prompt=f'{i * 7919 % 10007:05d}?', response='yes.' if i % 2 else 'no.')) + '\n')
     data.prepare('sft.jsonl', 'sft', tokenizer='bytes', key='prompt,response', val_fraction=0.2)
     run = train(objective=objective, dataset='sft.jsonl', data_dir='sft', key='prompt,response', max_iters=40,
-                eval_interval=40, eval_rows=0, sample_tokens=0, save_interval=0, weighting='flat')
+                eval_interval=40, eval_rows=0, final_eval_rows=0, sample_tokens=0, save_interval=0,
+                weighting='flat')
     before, after = (line['val_nats_per_token'] for line in metrics() if 'val_nats_per_token' in line)
     assert before > 5 and after < 1.2, (before, after)      # which answer it is cannot be known: ln 2 per answer
     flags = run['val_data'].meta['splits']['val']
