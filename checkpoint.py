@@ -41,6 +41,8 @@ def make_objective(name: str, model: Transformer, **settings) -> Objective:
     path, read only if the objective has one."""
     if name not in OBJECTIVES: raise SystemExit(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     known = inspect.signature(OBJECTIVES[name]).parameters
+    every = {'tokenizer', *(k for kind in OBJECTIVES.values() for k in inspect.signature(kind).parameters)}
+    assert settings.keys() <= every, f"no objective knows {settings.keys() - every}"
     if 'teacher' in known and (path := settings.pop('teacher', '')):
         settings |= dict(teacher=load_teacher(path, settings['tokenizer']), teacher_path=path)
     return OBJECTIVES[name](model, **{k: v for k, v in settings.items() if k in known})

@@ -261,13 +261,15 @@ class Transformer(nn.Module):
                 raise SystemExit(f"freeze_layers: {', '.join(group)} are one tensor here, name all or none of them")
             if yes or (self.cfg.tied and group is tie and hit('lm_head.weight')): p.requires_grad_(False)
 
-    def flops_per_token(self, seq_len: int, scored: float = 1.0) -> float:
-        """Of one training step (forward + backward), per token: 6 per weight (4 if frozen), the head only at the scored
-        share of positions, 12 T (H hd) per layer for attention, halved if causal (Chinchilla's count)."""
+    def flops_per_token(self, seq_len: int, scored: float = 1.0, training: bool = True) -> float:
+        """Of one forward, per token: 2 per weight, the head only at the scored share of positions, 4 T (H hd) per layer
+        for attention, halved if causal (Chinchilla's count). A training step is three times as much, without the
+        gradients of frozen weights."""
         c = self.cfg
+        attn = 4 * c.n_layer * c.n_head * c.head_dim * seq_len / (2 if c.causal else 1)
+        forward = 2 * (self.n_params(embedding=False) + scored * c.vocab_size * c.n_embd) + attn
         frozen = sum(p.numel() for p in self.layers.parameters() if not p.requires_grad)
-        attn = 12 * c.n_layer * c.n_head * c.head_dim * seq_len / (2 if c.causal else 1)
-        return 6 * (self.n_params(embedding=False) + scored * c.vocab_size * c.n_embd) - 2 * frozen + attn
+        return 3 * forward - 2 * frozen if training else forward
 
     def fused_rows(self) -> dict[str, list[int]]:
         """Of which row counts the fused matrices are stacked."""

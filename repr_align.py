@@ -38,10 +38,10 @@ class ReprAlign(MDM):
         super().__init__(model, mask_id, shift, weighting, separator, eos_id, t_min)
         L = model.cfg.n_layer
         self.layers = list(range(L, 0, -align_every))[::-1] if align_every > 0 else []
-        if align_weight < 0 or min(align_decay, align_random, align_first) < 0 or align_random > len(self.layers) or \
-                not 0 < align_every <= L:
-            raise SystemExit(f"alignment: weight, decay, random and first are at least 0, 1 <= every <= {L} layers, "
-                             f"and random of them at most {len(self.layers)}")
+        if min(align_weight, align_decay, align_random, align_first) < 0 or align_random > len(self.layers) or not \
+                0 < align_every <= L:
+            raise SystemExit(f"align_weight, align_decay, align_random and align_first must be at least 0, align_every "
+                             f"between 1 and {L}, and align_random at most the {len(self.layers)} layers it leaves")
         if teacher is None and align_weight:
             raise SystemExit("representation alignment needs a teacher, an autoregressive model: --teacher=... or "
                              "--init_from=...; to sample or evaluate say --objective=mdm")
@@ -74,8 +74,10 @@ class ReprAlign(MDM):
     def networks(self): return [self.model] + [self.teacher] * bool(self.teacher)
 
     def flops_per_token(self, seq_len):
-        """The teacher's forward is a third of a step without a head."""
-        return super().flops_per_token(seq_len) + (self.teacher.flops_per_token(seq_len, 0) / 3 if self.teacher else 0)
+        """With the teacher's forward, which has no head."""
+        if not self.teacher: return super().flops_per_token(seq_len)
+        n = min(self.align_first or seq_len, seq_len)
+        return super().flops_per_token(seq_len) + n / seq_len * self.teacher.flops_per_token(n, 0, training=False)
 
     def prepare(self, batch, seed):
         """Also: the weight of the term in this step, its layers (functions of seed and step, the same on all ranks),

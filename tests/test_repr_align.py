@@ -211,6 +211,16 @@ def test_likelihood_and_samples_need_no_teacher():
     assert obj.sample([[1, 2]], 5, n_steps=3) == plain.sample([[1, 2]], 5, n_steps=3)
 
 
+def test_flops_count_the_teachers_forward():
+    """2 per weight, 4 T (H hd) / 2 per layer for its causal attention; only over what it reads."""
+    weights, T = sum(p.numel() for p in backbone().layers.parameters()), 16
+    forward = 2 * weights + 4 * L * 32 * T / 2
+    plain = MDM(backbone(), MASK).flops_per_token(T)
+    assert aligned().flops_per_token(T) == pytest.approx(plain + forward)
+    assert aligned(align_first=99).flops_per_token(T) == pytest.approx(plain + forward)
+    assert aligned(align_first=4).flops_per_token(T) == pytest.approx(plain + (2 * weights + 4 * L * 32 * 4 / 2) / 4)
+
+
 def test_activation_checkpointing_changes_nothing():
     a, b = aligned(1), aligned(1)
     b.model.activation_checkpointing = True
@@ -238,7 +248,7 @@ def test_a_cached_teacher_equals_a_live_one(tmp_path, options, shift):
 def test_mistakes():
     for options in (dict(align_every=0), dict(align_every=4), dict(align_random=4), dict(align_weight=-1.0),
                     dict(align_first=-1)):
-        with pytest.raises(SystemExit, match='alignment: weight, decay'): aligned(**options)
+        with pytest.raises(SystemExit, match='align_weight, align_decay, align_random and align_first must be at least 0'): aligned(**options)
     with pytest.raises(SystemExit, match='needs a teacher'): ReprAlign(backbone(), None, MASK)
     with pytest.raises(SystemExit, match='the teacher has 2 layers of width 32, the model 3 of 32'):
         ReprAlign(backbone(), backbone(n_layer=2), MASK)

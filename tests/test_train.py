@@ -311,7 +311,7 @@ def test_sft_learns_to_answer(train, tmp_path, objective):
     assert before > 5 and after < 1.2, (before, after)      # which answer it is cannot be known: ln 2 per answer
     flags = run['val_data'].meta['splits']['val']
     assert metrics()[-1]['val_n_tokens'] == run['val_data'].n_targets < flags['tokens'] / 2
-    obj, answers = run['obj'], set(b'yesno.') | {run['tok'].eos_id}
+    obj, answers = run['obj'], {*run['tok'].encode('yesno.'), run['tok'].eos_id}
     for step in range(3):
         batch = run['train_data'].batch(step, 0, 8, 8, 0)
         noise = obj.prepare(batch, 0).noise
