@@ -186,7 +186,7 @@ def test_the_weight_falls_to_nothing():
 
 # ---- the teacher -------------------------------------------------------------------------------------------
 def test_the_teacher_is_frozen_and_belongs_to_no_one(tmp_path):
-    obj = aligned(0).train()
+    obj = ReprAlign(backbone(0), backbone(0, causal=False).train(), MASK).train()
     teacher = {k: v.clone() for k, v in obj.teacher.state_dict().items()}
     assert {k.removeprefix('model.') for k in obj.state_dict()} == teacher.keys()
     assert [m for m in obj.modules() if m is not obj] == list(obj.model.modules())
@@ -250,6 +250,8 @@ def test_mistakes():
                     dict(align_first=-1)):
         with pytest.raises(SystemExit, match='align_every between 1 and 3'): aligned(**options)
     with pytest.raises(SystemExit, match='needs a teacher'): ReprAlign(backbone(), None, MASK)
+    with pytest.raises(AssertionError, match="no objective knows {'wieghting'}"):
+        checkpoint.make_objective('mdm', backbone(), wieghting='flat')
     with pytest.raises(SystemExit, match='the teacher has 2 layers of width 32, the model 3 of 32'):
         ReprAlign(backbone(), backbone(n_layer=2), MASK)
 
