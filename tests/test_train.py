@@ -139,6 +139,13 @@ def test_learning_rate_warms_up_and_falls_to_its_floor(train):
     assert run['learning_rate'](20) == pytest.approx(0.25) and run['learning_rate'](99) == pytest.approx(0.25)
 
 
+def test_a_share_of_the_training_rows(train, capsys):
+    run = train(max_iters=1, data_fraction=0.1, eval_interval=0, sample_tokens=0)
+    n = len(run['train_data'])
+    assert len(run['train_data'].used) == round(0.1 * n) and len(run['val_data'].used) == len(run['val_data'])
+    assert f'on CPU x 1; {round(0.1 * n)} rows of 32 tokens' in capsys.readouterr().out
+
+
 # ---- what must not change the result -----------------------------------------------------------------------
 @pytest.mark.parametrize('objective', ['mdm', 'ar'])
 def test_micro_batches_do_not_matter(train, objective):
