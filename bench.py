@@ -6,6 +6,7 @@
     python bench.py train --profile=true    # where the milliseconds of our step go; a chrome trace in out_dir
     python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
+    python bench.py sandbox                 # programs per second, and what the isolation costs
     python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 --batch=4 \\
         --seq_len=64 --warmup=1 --steps=2 --peers=hf_eager,ours_eager               # a rehearsal
 
@@ -20,8 +21,10 @@ import importlib
 import inspect
 import math
 import multiprocessing
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -603,8 +606,36 @@ def kernel_table(rows):
         'peak MiB': '{peak_mib:.0f}', 'error': '{rel_error:.0e}'})
 
 
+# ---- the sandbox of eval.py --------------------------------------------------------------------------------
+
+def run_sandbox(c):
+    """HumanEval's own solutions: in this process, in a new Python each, in the sandbox. Yields as run_kernels does."""
+    import benchmarks
+    import sandbox
+    jobs = [(benchmarks.program(p, p.answer), p.test, p.setup) for p in benchmarks.load('humaneval')]
+    bare = [f'{solution}\n{test}' for solution, test, _ in jobs]
+
+    def here(): return sum(exec(program, {'__name__': 'test'}) is None for program in bare)
+    def new_python(): return sum(subprocess.run([sys.executable, '-c', program]).returncode == 0 for program in bare)
+    def sandboxed(workers): return sum(v.passed for _, v in sandbox.execute_many(jobs, workers=workers))
+    rows, cores = [], len(os.sched_getaffinity(0))
+    ways = {'exec, no isolation': here, 'a new Python each': new_python,
+            'sandbox, 1 worker': lambda: sandboxed(1), f'sandbox, {cores} workers': lambda: sandboxed(cores)}
+    for way, run in ways.items():
+        started = time.perf_counter()
+        passed, seconds = run(), time.perf_counter() - started
+        rows.append(dict(way=way, passed=passed, programs=len(jobs), programs_per_s=len(jobs) / seconds,
+                         ms=1e3 * seconds / len(jobs)))
+        yield way, rows
+
+
+def sandbox_table(rows):
+    return table(rows, {'way': '{way}', 'passed': '{passed}', 'programs/s': '{programs_per_s:.0f}',
+                        'ms each': '{ms:.1f}'})
+
+
 if __name__ == '__main__':
-    what = 'train'                  # train, memory or kernels: the first word of the command line
+    what = 'train'                  # train, memory, kernels or sandbox: the first word of the command line
     peers = ''                      # comma list; default: those that suit the rows
     packed = False                  # rows of several documents; else a row is one document
     doc_len = 300.0                 # their mean length; lognormal, sigma 1
@@ -634,7 +665,8 @@ if __name__ == '__main__':
     if words and words[0].isalpha(): words[0] = f'--what={words[0]}'
     config = configure(globals(), words)
     started = time.time()
-    tables = dict(train=train_table, memory=memory_table, kernels=kernel_table)
+    tables = dict(train=train_table, memory=memory_table, kernels=kernel_table, sandbox=sandbox_table)
+    others = dict(kernels=run_kernels, sandbox=run_sandbox)
     if what not in tables: raise SystemExit(f"say python bench.py {', '.join(tables)}, not {what!r}")
     config['peers'] = peers = peers or ('ours' if profile else ','.join(
         ('hf_eager', 'hf_compile_compact', 'flex', 'varlen', 'liger_tuned', 'ours_eager', 'ours') if packed else
@@ -650,7 +682,7 @@ if __name__ == '__main__':
     path = Path(result or f'{out_dir}/{what}.json')
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 
-    for done, rows in (run_kernels if what == 'kernels' else run_peers)(SimpleNamespace(**config)):
+    for done, rows in others.get(what, run_peers)(SimpleNamespace(**config)):
         facts = provenance(device, started)                             # a run cut short leaves what it has
         for package in ('transformers', 'liger-kernel', 'triton'):
             try: facts['versions'][package] = version(package)

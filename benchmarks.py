@@ -18,7 +18,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -50,7 +50,6 @@ class Task:
     metric: str = 'pass@k'          # or exact match
     stops: tuple[str, ...] = ()
     timeout: float = 10.0
-    settings: dict = field(default_factory=dict)    # of Open-dLLM's run_eval.sh, in its words
     notes: str = ''
 
 
@@ -124,9 +123,6 @@ HUMANEVAL = ('task_id', 'prompt', 'entry_point', 'canonical_solution', 'test')
 HOLES = (*HUMANEVAL, 'suffix')
 STOPS = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
 SLOW = {'Mbpp/123': 60.0}           # its canonical solution takes 5 to 10 s, all others less than 0.3 s
-COMPLETE = dict(n=10, max_new_tokens=128, steps=128, alg='p2', alg_temp=0.5, temperature=0.8, top_k=200)
-INFILL = dict(n=1, fixed_lengths=[4, 8, 16, 32, 64],
-              steps=64, alg='p2', alg_temp=0.5, temperature=0.6, top_p=0.95)
 _HUMANEVAL = ('The raw prompt, no shots; cut at the first stop. Ours: a fenced answer is unwrapped, a '
               'swallowed space restored (syntax errors otherwise), and the limit is longer than 3 s. ')
 _MBPP = ('The prompt of lm-evaluation-harness, ending in [BEGIN], no shots; cut at [DONE]. Ours: the fences. '
@@ -136,31 +132,31 @@ _PLUS = 'Tests need numpy; that of {} is said to {}.'
 _HOLE = 'All of the filled hole is the middle. With the prefix alone: as many {} as the canonical middle. '
 
 TASKS = dict(
-    humaneval=Task('complete', 164, _humaneval, HUMANEVAL, _human_eval, stops=STOPS, settings=COMPLETE,
+    humaneval=Task('complete', 164, _humaneval, HUMANEVAL, _human_eval, stops=STOPS,
                    notes=_HUMANEVAL),
-    humaneval_plus=Task('complete', 164, _humaneval, HUMANEVAL, stops=STOPS, settings=COMPLETE, timeout=30.0,
+    humaneval_plus=Task('complete', 164, _humaneval, HUMANEVAL, stops=STOPS, timeout=30.0,
                         dataset='evalplus/humanevalplus', revision='d32357cf319e50e9c8d8dab5ea876c72b0fd321b',
                         notes=_HUMANEVAL + _PLUS.format('HumanEval/32', 'fail any solution')),
     mbpp=Task('answer', 500, _mbpp, ('task_id', 'text|prompt', 'code', 'test_list'), stops=('[DONE]',),
-              dataset='google-research-datasets/mbpp', config='full', settings=COMPLETE,
+              dataset='google-research-datasets/mbpp', config='full',
               revision='4bb6404fdc6cacfda99d4ac4205087b89d32030c',
               notes=_MBPP + 'The setup code of a test runs; it did not, so 367 could not pass.'),
     mbpp_plus=Task('answer', 378, _mbpp_plus, ('task_id', 'prompt', 'code', 'test_list', 'test'),
-                   stops=('[DONE]',), dataset='evalplus/mbppplus', settings=COMPLETE, timeout=30.0,
+                   stops=('[DONE]',), dataset='evalplus/mbppplus', timeout=30.0,
                    revision='b2d74c91837c3f2a20c1299ae98133cbe7cfa077',
                    notes=_MBPP + _PLUS.format('Mbpp/255', 'need more than 2 GiB')),
-    infill_single=Task('lines', 1033, _humaneval, HOLES, lambda: _line_holes(False), settings=INFILL,
+    infill_single=Task('lines', 1033, _humaneval, HOLES, lambda: _line_holes(False),
                        notes='The official set, rebuilt from HumanEval. ' + _HOLE.format('lines')),
-    infill_multi=Task('lines', 5815, _humaneval, HOLES, lambda: _line_holes(True), settings=INFILL,
+    infill_multi=Task('lines', 5815, _humaneval, HOLES, lambda: _line_holes(True),
                       notes='Rebuilt from HumanEval by the rule of the single-line set; not in their tables. '
                             + _HOLE.format('lines')),
-    infill_random=Task('span', 1640, _humaneval, HOLES, _span_holes, settings=INFILL,
+    infill_random=Task('span', 1640, _humaneval, HOLES, _span_holes,
                        notes='Without the official file not the official draw (its seed is unknown) but one '
                              'like it; not in their tables. ' + _HOLE.format('characters')),
     santacoder_fim=Task('line', 1043, _santacoder,
                         ('name', 'language', 'prompt', 'suffix', 'canonical_solution'),
                         dataset='bigcode/santacoder-fim-task', split='train', metric='exact match',
-                        revision='def3907ab0e63fc18334665533d89770444babc0', settings=INFILL,
+                        revision='def3907ab0e63fc18334665533d89770444babc0',
                         notes='Python only, a newline after the prompt. Exact match: the first line (the '
                               'second, if that is empty), stripped, is the canonical solution, stripped.'))
 

@@ -14,8 +14,10 @@ step, row).
 import errno
 import inspect
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,7 +173,7 @@ def provenance(device: str, started: float) -> dict:
     world = int(os.environ.get('WORLD_SIZE', 1))
     name = (torch.cuda.get_device_name() if gpu else
             f'CPU {platform.machine()}, {torch.get_num_threads()} threads')
-    return dict(command=' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+    return dict(command=shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
                 commit=commit or 'unknown', date=time.strftime('%Y-%m-%d'),
                 hardware=f'{world} x {name}' if world > 1 else name,
                 versions=dict(python=platform.python_version(), torch=torch.__version__),
@@ -179,9 +181,21 @@ def provenance(device: str, started: float) -> dict:
                 peak_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if gpu else None)
 
 
+def plain(x):
+    """x as JSON knows it: numbers without numpy, None for nan and infinity."""
+    if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+    x = x.item() if hasattr(x, 'item') else x
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def write_json(path, content: dict):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + '\n')
+    """Complete or not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + '.tmp')
+    tmp.write_text(json.dumps(plain(content), indent=1) + '\n')
+    tmp.replace(path)
 
 
 def upload(directory, repo_id: str, card: str):

@@ -38,7 +38,7 @@ def configure(namespace, argv=None, quiet=False):
     with the origin of each override, unless `quiet`. A user's mistake is a SystemExit with a line of advice.
     """
     argv, script = sys.argv[1:] if argv is None else argv, Path(namespace['__file__'])
-    defaults = {k: v for k, v in namespace.items() if type(v) in SCALARS and not k.startswith('_')}
+    defaults = {k: v for k, v in namespace.items() if type(v) in SCALARS and not (k.startswith('_') or k.isupper())}
     if '-h' in argv or '--help' in argv:
         doc = (namespace.get('__doc__') or '').strip()
         print(doc, dump(defaults, _trailing_comments(script)), sep='\n\n', end='')

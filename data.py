@@ -748,6 +748,6 @@ if __name__ == "__main__":
     seed = 0                       # of that split
     n_workers = 0                  # threads, 0 = one per core
     from configurator import configure
-    config = configure({k: v for k, v in globals().items() if not k.isupper()})    # constants are no settings
+    config = configure(globals())
     config["out_dir"] = config["out_dir"] or f"data/{Path(config['dataset']).stem}"
     print(f"ready: {prepare(**config)}")

@@ -12,7 +12,6 @@ size, order, limit or number of processes: rows are padded to a multiple of 32, 
 """
 import inspect
 import json
-import math
 import os
 from dataclasses import replace
 from itertools import groupby
@@ -29,6 +28,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as e: raise SystemExit(f"lm-eval's tasks need: pip install lm_eval ({e})") from None
 
+from checkpoint import plain
 from data import batch_from_documents
 from kernels import head_logits
 from model import scored_rows
@@ -55,17 +55,9 @@ def evaluate(obj, tok, tasks, *, draws=8, seed=0, batch_size=16, limit=0, n_shot
                           limit=limit or None, num_fewshot=n_shot if n_shot >= 0 else None, bootstrap_iters=1000)
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples', 'higher_is_better')
     found = {k: out[k] for k in kept if k in out} if out else {}                # None but on the first process
-    return _plain(found) | dict(
+    return plain(found) | dict(
         lm_eval=lm_eval.__version__, seed=seed, limit=limit, greedy=greedy, seq_len=lm.seq_len, sampler=lm.sampler,
         estimator='exact' if obj.name == 'ar' else f'bound, count, {draws} draw(s) per row')
-
-
-def _plain(x):
-    """Dicts, lists, strings and numbers only, and None for NaN, which JSON lacks."""
-    if isinstance(x, dict): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
-    x = x.item() if isinstance(x, np.generic) else x
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _batches(x, size): return [x[i:i + size] for i in range(0, len(x), size)]

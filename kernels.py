@@ -58,18 +58,24 @@ def _fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _op(fake):
+def _op(fake, contiguous=True):
     """Makes an operator of a function that launches kernels: torch.compile sees one node and does not look inside;
     `fake` returns its outputs' shapes. It costs 15 us of Python per call more than an autograd.Function, and composes
-    with everything. What runs outside compiled blocks (the losses) is an autograd.Function."""
+    with everything; without gradients and outside of compiled code, where sampling waits for launches, the function
+    itself is called. What runs outside compiled blocks (the losses) is an autograd.Function."""
     def register(launch):
         @functools.wraps(launch)
         def checked(*args):
-            for x in args: assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
+            for x in args if contiguous else ():
+                assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
             return launch(*args)
         op = torch.library.custom_op('dlm::' + launch.__name__.strip('_'), checked, mutates_args=())
         op.register_fake(fake)
-        return op
+
+        def call(*args):
+            return (op if torch.is_grad_enabled() or torch.compiler.is_compiling() else checked)(*args)
+        call.op, call.register_autograd = op, op.register_autograd
+        return call
     return register
 
 
@@ -334,8 +340,7 @@ def _new_lse(q: Tensor) -> Tensor:
     return q.new_zeros((*q.shape[:2], triton.cdiv(q.shape[2], 128) * 128), dtype=torch.float32)
 
 
-# Custom operators are opaque to torch.compile, so a compiled block runs the same kernels in the same way.
-@torch.library.custom_op('nanodlm::attention', mutates_args=())
+@_op(lambda q, k, v, by_query, by_key, scale: (_new_attention(q), _new_lse(q)), contiguous=False)
 def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor,
                scale: float) -> tuple[Tensor, Tensor]:
     o, lse = _new_attention(q), _new_lse(q)
@@ -343,8 +348,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor
     return o, lse
 
 
-@torch.library.custom_op('nanodlm::attention_backward', mutates_args=())
-def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
+@_op(lambda do, q, k, v, *rest: tuple(map(_new_attention, (q, k, v))), contiguous=False)
+def _attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
                         lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
     dq, dk, dv, delta = _new_attention(q), _new_attention(k), _new_attention(v), torch.zeros_like(lse)
@@ -358,10 +363,8 @@ def _attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-_attention.register_fake(lambda q, k, v, by_query, by_key, scale: (_new_attention(q), _new_lse(q)))
-_attention_backward.register_fake(lambda do, q, k, v, *rest: tuple(map(_new_attention, (q, k, v))))
 _attention.register_autograd(                                                   # nobody differentiates lse
-    lambda ctx, do, dlse: (*_attention_backward(do, *ctx.saved_tensors, ctx.scale), None, None, None),
+    lambda ctx, do, dlse: (*_attention_grad(do, *ctx.saved_tensors, ctx.scale), None, None, None),
     setup_context=_attention_setup)
 
 

@@ -20,6 +20,7 @@ from kernels import document_ranges, head_logits, linear_cross_entropy, unmask
 from model import Objective, scored_rows
 
 N_BUCKETS = 8           # of t, for the logged loss per noise level
+MAX_LOGITS = 1 << 28    # of a sampler in memory at a time: 1 GiB in fp32, of which there are a few copies
 
 
 def q_sample(x0, t, mask_id, is_target=None, u=None):
@@ -83,7 +84,7 @@ class MDM(Objective):
     def row_nll(self, batch, k=1, seed=0, estimator='count'):
         """Monte-Carlo upper bound on the nats of each row, and its number of scored tokens: (B,), (B,). k stratified
         draws per document. estimator 'count': the number m of masked tokens uniform in 1..n, weight n/m (LLaDA
-        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row), not on
+        2502.09992; no t_min); 't': t ~ U(t_min, 1), weight 1/t. Noise depends on (seed, row, T), not on
         what else is in the batch."""
         B, T = batch.ids.shape
         target, doc = batch.is_target.cpu().numpy(), batch.doc.cpu().numpy()
@@ -120,9 +121,14 @@ class MDM(Objective):
         """fp32 logits that predict token i at position i, whatever `shift` is; -inf at mask_id. xt (B, T); rows (N,):
         flat indices of the tokens wanted -> (N, V); None -> (B, T, V). With a shift, position 0 has no predictor and
         gets its own row's logits."""
+        return self._head(self._states(xt, rows, ranges, pos))
+
+    def _states(self, xt, rows, ranges, pos):
         h = self.model.hidden(xt, ranges, pos)                          # (B, T, D)
         if self.shift: h = torch.cat([h[:, :1], h[:, :-1]], 1)
-        if rows is not None: h = h.flatten(0, 1)[rows]
+        return h if rows is None else h.flatten(0, 1)[rows]
+
+    def _head(self, h):
         z = head_logits(h, self.model.head_weight)
         z[..., self.mask_id] = -torch.inf
         return z
@@ -156,23 +162,15 @@ class MDM(Objective):
         pad_side: where shorter rows are padded; it does not change the result.
         block_len: semi-autoregressive blocks of so many generated tokens, left to right; 0 = one block.
         history: a list (anything with append) that gets (ids (B, T), confidence (B, T)) on the CPU after every step."""
-        for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
-                                   ('score', score, ('confidence', 'margin', 'entropy', 'random')),
-                                   ('remask', remask, ('none', 'p2'))):
-            if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if remask == 'p2' and commit != 'schedule':
-            raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
-        if remask == 'p2' and score != 'confidence':
-            raise SystemExit("remask='p2' ranks by the current token's probability: use score='confidence'")
-        if block_len < 0: raise SystemExit(f"block_len must be at least 0, got {block_len}")
+        self.check_sampler(commit, score, remask, block_len, n_steps)
         if stop_at_eos and self.eos_id is None: raise SystemExit("stop_at_eos needs a checkpoint with an eos_id")
-        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         x, hole, real = self._layout(templates, pad_side)
         ranges, pos = None, (real.long().cumsum(1) - 1).clamp(min=0)
         if not real.all(): ranges = document_ranges(real.long() - 1)
         generator = torch.Generator(x.device).manual_seed(seed)
         conf, nfe = torch.where(hole, 0.0, 1.0), 0
         if history is not None: history.append((x.cpu(), conf.cpu()))
+        greedy = commit == 'threshold'
         for active, total, steps in _blocks(hole, block_len, n_steps):
             active = active & (x == self.mask_id)                               # an early EOS has filled the rest
             for step in itertools.count():
@@ -182,16 +180,15 @@ class MDM(Objective):
                 n = _n_keep(commit, remask, step, steps, total, masked, generator)      # (B,)
                 if not (n > 0).any(): continue                                  # nothing to commit: no forward
                 rows = scored.flatten().nonzero().squeeze(1)
-                logits = self.logits(x, rows, ranges, pos)                      # (N, V)
+                h, old = self._states(x, rows, ranges, pos), x.flatten()[rows]  # (N, D), (N,)
                 nfe += 1
-                old = x.flatten()[rows]
-                new, to_fill = old.clone(), old == self.mask_id                 # a filled position keeps its token
-                new[to_fill] = unmask(logits[to_fill] if remask == 'p2' else logits,
-                                      0 if commit == 'threshold' else temperature, top_k, top_p, generator)
-                c = (logits.gather(1, new[:, None]).squeeze(1) - logits.logsumexp(1)).exp()     # confidence in it
+                n_rows = max(MAX_LOGITS // self.model.cfg.vocab_size, 1)        # at a time, to bound the memory
+                parts = [self._candidates(*part, greedy, temperature, top_k, top_p, score, generator)
+                         for part in zip(h.split(n_rows), old.split(n_rows))]
+                new, c, ranking = map(torch.cat, zip(*parts))
                 ranked = torch.full(x.shape, -torch.inf, device=x.device)
-                ranked.view(-1)[rows] = c if commit == 'threshold' else _score(score, logits, c, generator)
-                if commit == 'threshold': n = (ranked >= tau).sum(1).clamp(min=1)
+                ranked.view(-1)[rows] = ranking
+                if greedy: n = (ranked >= tau).sum(1).clamp(min=1)
                 rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)      # 0 = best
                 keep = (rank < n[:, None]) & scored
                 token, token_conf = x.flatten().clone(), conf.flatten().clone()
@@ -202,6 +199,30 @@ class MDM(Objective):
                 if history is not None: history.append((x.cpu(), conf.cpu()))
             if stop_at_eos: x = self._close(x, hole)
         return self._trim(x, hole, real, stop_at_eos), nfe
+
+    @staticmethod
+    def check_sampler(commit, score, remask, block_len, n_steps):
+        """Refuse settings that `infill` has no rule for."""
+        for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
+                                   ('score', score, ('confidence', 'margin', 'entropy', 'random')),
+                                   ('remask', remask, ('none', 'p2'))):
+            if value not in known: raise SystemExit(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if remask == 'p2' and commit != 'schedule':
+            raise SystemExit("remask='p2' has its own commit rule: use commit='schedule'")
+        if remask == 'p2' and score != 'confidence':
+            raise SystemExit("remask='p2' ranks by the current token's probability: use score='confidence'")
+        if block_len < 0: raise SystemExit(f"block_len must be at least 0, got {block_len}")
+        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
+
+    def _candidates(self, h, old, greedy, temperature, top_k, top_p, score, generator):
+        """Hidden rows h (N, D) of positions that hold old (N,) -> token, confidence in it and rank, larger first, (N,)
+        each. A filled position keeps its token."""
+        logits = self._head(h)                                                  # (N, V)
+        new, to_fill = old.clone(), old == self.mask_id
+        new[to_fill] = unmask(logits if to_fill.all() else logits[to_fill], 0 if greedy else temperature, top_k, top_p,
+                              generator)
+        c = (logits.gather(1, new[:, None]).squeeze(1) - logits.logsumexp(1)).exp()
+        return new, c, c if greedy else _score(score, logits, c, generator)
 
     def _layout(self, templates, pad_side):
         """Templates -> x (B, T) with masks in the holes, hole (B, T) bool, real (B, T) bool: not padding."""

@@ -1,4 +1,4 @@
-"""Tables and figures, from results/*.json and nothing else.
+"""Tables and figures, from results/*.json (and PUBLISHED: numbers of others, quoted).
 
     python plot.py                  # rewrite every block between <!-- name --> and <!-- end --> in README.md
     python plot.py --check          # only say whether README.md is up to date (the tests do)
@@ -87,7 +87,7 @@ PUBLISHED = {
 def evaluation():
     """Ours from results/<name>_{val,humaneval,infill_single}.json; the rest as published."""
     pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
-    rows = [('', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
+    rows = [('model', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
              'single-line infilling pass@1, average / '
              'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
@@ -104,7 +104,32 @@ def evaluation():
     return table(*rows)
 
 
-BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation)
+def canonical():
+    rows = [('reference solutions in the sandbox', 'problems', 'pass', 'programs/s')]
+    for file in ('canonical', 'canonical_mbpp'):
+        r = load(file)
+        rows += [(f'`{task}`' + (' (all splits)' if task == 'mbpp' else ''), f"{x['n_problems']:,}",
+                  f"{x['pass@1']:.0%}", f"{x['programs_per_s']:.0f}") for task, x in r['results'].items()]
+    return table(*rows)
+
+
+def sandbox():
+    return table(('HumanEval\'s solutions', 'programs/s', 'ms each'),
+                 *((row['way'], f"{row['programs_per_s']:.0f}", f"{row['ms']:.1f}")
+                   for row in load('bench_sandbox')['results']))
+
+
+def speed():
+    r = load('bench_first')
+    rows = [(f"training step, 16 x 1,024 tokens, {r['hardware']}", 'tokens/s', 'ms', 'peak memory', 'MFU',
+             'cosine to the fp32 gradient')]
+    labels = dict(hf_compile_compact='transformers, torch.compile, head at masked rows only', ours='ours')
+    return table(*rows, *((labels[x['peer']], f"{x['tokens_per_s'] / 1e3:.1f}k", f"{x['median_ms']:.1f}",
+                           f"{x['peak_gib']:.1f} GiB", f"{x['mfu']:.1%}", f"{x['cosine']:.4f}") for x in r['results']))
+
+
+BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
+              canonical=canonical, sandbox=sandbox, speed=speed)
 
 
 def render(text):
@@ -136,8 +161,8 @@ def results_table(files, as_csv=False):
     rows = [numbers(r) for r in loaded]
     columns = list(dict.fromkeys(c for row in rows for c in row))
     head = ['model', *columns]
-    body = [[r['model']['path'], *(f'{row[c]:.4f}' if c in row else '' for c in columns)]
-            for r, row in zip(loaded, rows)]
+    names = [r['model']['path'] if r['model'] else 'reference solutions' for r in loaded]
+    body = [[name, *(f'{row[c]:.4f}' if c in row else '' for c in columns)] for name, row in zip(names, rows)]
     if not as_csv: return table(head, *body) + '\n'
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([head, *body])
@@ -193,7 +218,8 @@ def sweep_lines(result, metric):
         key, x = point[0].split('=')
         first = first or key
         xs, ys = lines.setdefault(', '.join([task, *point[1:]]), ([], []))
-        xs.append(float(x) if x.replace('.', '', 1).isdigit() else x)
+        try: xs.append(float(x))
+        except ValueError: xs.append(x)
         ys.append(values[metric])
     if not lines: raise SystemExit(f"no sweep in this file has the metric {metric!r}")
     return first, lines

@@ -101,7 +101,7 @@ def execute_many(jobs, timeout=10.0, memory_mb=1024, workers=None, without=()):
 
     n, cpus = todo.qsize(), len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
     try:
-        servers += [Server(without) for _ in range(min(workers or cpus, n))]
+        for _ in range(min(workers or cpus, n)): servers.append(Server(without))
         for server in servers: threading.Thread(target=work, args=(server,), daemon=True).start()
         for _ in range(n):
             i, verdict = done.get()

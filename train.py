@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from tqdm import tqdm
 import benchmarks
 import checkpoint
 import data
-import eval as evaluation
 import kernels
+import solve
 from configurator import configure, dump
 from model import ModelConfig, Transformer
 from muon import Muon
@@ -224,7 +225,9 @@ if prepared.exists():                               # by data.py, perhaps with s
     known = ('val_fraction', 'seed', 'split', *(() if fresh else settings))
     settings |= {k: v for k, v in json.loads(prepared.read_text())['settings'].items() if k in known}
 data.prepare(dataset, data_dir, subset=subset, key=key, max_docs=max_docs, **settings)   # one does, all wait
-if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
+for task in filter(None, tasks.split(',')): benchmarks.load(task, limit=1)      # what is missing shows now
+if world > 1:                                       # rank 0 may run programs for long while the others wait
+    dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=2) if tasks else None)
 
 # ---- model -------------------------------------------------------------------------------------------------
 training = dict(weighting=weighting, t_min=t_min, align_weight=align_weight, align_decay=align_decay,
@@ -314,9 +317,7 @@ if is_main:
 
 def record(step, **metrics):
     """One line of metrics.jsonl, and the numbers to wandb or tensorboard."""
-    valid = lambda v: [valid(x) for x in v] if isinstance(v, list) else (
-        None if isinstance(v, float) and not math.isfinite(v) else v)         # nan is no JSON
-    line = dict(step=step, minutes=round(minutes(), 4), **{k: valid(v) for k, v in metrics.items()})
+    line = checkpoint.plain(dict(step=step, minutes=round(minutes(), 4), **metrics))
     with open(metrics_file, 'a') as f: f.write(json.dumps(line) + '\n')
     flat = {f'{k}/{i}' if isinstance(v, list) else k: x for k, v in metrics.items()
             for i, x in enumerate(v if isinstance(v, list) else [v])}
@@ -353,12 +354,15 @@ def validation_bytes(n_rows):
     return sum(val_data.target_bytes(batch) for batch in val_data.eval_batches(n_rows, 64))
 
 
-def solve(step):
-    """Problems of eval.py: all ranks generate, rank 0 executes and records. Samples stay in out_dir."""
+def solve_tasks(step):
+    """Problems of benchmarks.py: all ranks generate, rank 0 executes and records. Samples stay in out_dir."""
     sampler = dict(n_steps=sample_steps, temperature=sample_temperature, commit=sample_commit, score=sample_score)
     for task in tasks.split(','):
-        got = evaluation.benchmark(task, obj, tok, out / f'{task}-{step:06d}.jsonl', sampler=sampler, limit=tasks_limit,
-                                   max_new_tokens=sample_tokens or 128, execute_code=execute_code, device=device)
+        log_file = out / f'{task}-{step:06d}.jsonl'
+        if is_main:
+            for stale in out.glob(f'{log_file.name}*'): stale.unlink()          # of a run that was resumed before it
+        got = solve.benchmark(task, obj, tok, log_file, sampler=sampler, limit=tasks_limit, seed=eval_seed,
+                              max_new_tokens=sample_tokens or 128, execute_code=execute_code)
         if not is_main: continue
         numbers = {f'{task}_{k}': got[k] for k in ('pass@1', 'exact_match') if k in got}
         say(f"step {step}: {task}, {got['n_problems']} problems: "
@@ -381,7 +385,7 @@ def evaluate(step, n_rows, name='val'):
             say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
                 f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows)")
         if tasks and name == 'val' and (step == max_iters or step // (eval_interval or 1) % tasks_every == 0):
-            solve(step)
+            solve_tasks(step)
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
                                 score=sample_score, temperature=sample_temperature, commit=sample_commit)

@@ -445,7 +445,7 @@ def test_gpu_operator():
     """PyTorch's own checks of a custom operator: schema, fake shapes and strides, autograd registration."""
     q, k, v = (torch.randn(1, 2, 37, 64, device='cuda', requires_grad=True) for _ in range(3))
     ranges = K.document_ranges(torch.zeros(1, 37, device='cuda').long())
-    torch.library.opcheck(K._attention, (q, k, v, *ranges, 0.18))
+    torch.library.opcheck(K._attention.op, (q, k, v, *ranges, 0.18))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Each kernel beside its reference and torch.compile(reference), at the shapes of a 0.5B model. Needs a GPU.
 
-    python .ci/bench_kernels.py [tokens]            # one JSON object per line
+    python experiments/kernel_tiles.py [tokens]      # one JSON object per line
 
 Milliseconds are the GPU's own (sum of its kernels, L2 flushed before each call), cpu_us is what a call costs Python.
 """
