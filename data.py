@@ -242,6 +242,15 @@ def chat_segments(messages: list[dict], hf=None) -> list[tuple[str, bool, bool]]
     return segments + [(full[done:], False, True)] * (done < len(full))
 
 
+def chat_prompt(text: str, tok: Tokenizer) -> list[int]:
+    """The ids of a conversation that begins with `text`, up to where the assistant is to speak, as in training."""
+    hf = getattr(tok, "hf", None)
+    if getattr(hf, "chat_template", None):
+        messages = [dict(role="user", content=text)]
+        return tok.encode(hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), special=True)
+    return tok.encode(f"user: {text}\n\n") + tok.encode("assistant: ")
+
+
 def _row_document(row: dict, key: str, where: str, hf=None) -> str | list:
     """The document of a row: column `key`, text or a conversation, or the columns 'prompt,response'."""
     for k in key.split(","):
@@ -628,9 +637,11 @@ def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False) -> tupl
 class Corpus:
     """A fixed, numbered partition of one split of a prepared data set into rows of `seq_len` tokens.
 
-    len(): rows; row_targets: (rows,), n_targets: their sum; n_bytes: of the text; meta: meta.json."""
+    len(): rows; row_targets: (rows,), n_targets: their sum; n_bytes: of the text; meta: meta.json.
+    fraction: `batch` draws from so many of the rows, chosen once; a smaller share is a subset of a larger one."""
 
-    def __init__(self, path: str | Path, split: str, seq_len: int, model_vocab_size: int | None = None):
+    def __init__(self, path: str | Path, split: str, seq_len: int, model_vocab_size: int | None = None,
+                 fraction: float = 1.0):
         self.path, self.split, self.seq_len = Path(path), split, seq_len
         if not (self.path / "meta.json").is_file():
             raise SystemExit(f"no prepared data set in {path}: python data.py --dataset=... --out_dir={path}")
@@ -652,8 +663,10 @@ class Corpus:
         flags = self.path / f"{split}.tgt.bin"
         self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() else None
         self._make_rows(np.load(self.path / f"{split}.docs.npy"))
+        every = np.arange(len(self)) if fraction == 1 else np.random.default_rng(0).permutation(len(self))
+        self.used = every[:max(round(fraction * len(self)), 1)]
         self._permutation = functools.lru_cache(2)(        # a global batch may span two epochs
-            lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(len(self)))
+            lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(self.used))
 
     def _make_rows(self, starts: np.ndarray) -> None:
         """The segment table. Chunk c is the `_length[c]` tokens from `_start[c]`, at column `_col[c]` of its
@@ -700,7 +713,7 @@ class Corpus:
 
     def batch(self, step: int, lo: int, hi: int, global_batch_size: int, seed: int) -> Batch:
         """Rows lo..hi-1 of the global batch of `step`. Rows come in one permutation after the other."""
-        epochs, index = np.divmod(step * global_batch_size + np.arange(global_batch_size), len(self))
+        epochs, index = np.divmod(step * global_batch_size + np.arange(global_batch_size), len(self.used))
         rows = np.array([self._permutation(seed, int(e))[i] for e, i in zip(epochs, index)])
         return self._rows(rows[lo:hi], np.arange(lo, hi), self.row_targets[rows].sum(), step)
 

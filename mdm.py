@@ -46,6 +46,8 @@ class MDM(Objective):
         model.cfg.causal = False
         self.shift, self.weighting, self.t_min = shift, weighting, t_min
 
+    def flops_per_token(self, seq_len): return self.model.flops_per_token(seq_len, scored=0.5)
+
     # -- training ----------------------------------------------------------------------------------------
 
     def prepare(self, batch, seed):
@@ -66,10 +68,10 @@ class MDM(Objective):
             xt=xt, rows=rows, targets=batch.ids.flatten()[tokens], a=a, b=b if self.weighting == 'planner' else None,
             t_bucket=(t * N_BUCKETS).long().clamp(max=N_BUCKETS - 1), real=real.float()))
 
-    def forward(self, batch):
+    def forward(self, batch, tap=None):
         """sum_i (a_i + b_i sg(p_i)) CE_i over the masked tokens, divided by the targets of the global batch."""
         noise = batch.noise
-        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos).flatten(0, 1)[noise['rows']]        # (N, D)
+        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos, tap=tap).flatten(0, 1)[noise['rows']]   # (N, D)
         loss, ce = linear_cross_entropy(h, self.model.head_weight, noise['targets'], noise['a'], noise['b'],
                                         skip_col=self.mask_id)
         by_t = torch.zeros(2, N_BUCKETS, device=ce.device)

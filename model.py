@@ -244,12 +244,32 @@ class Transformer(nn.Module):
             module.weight = nn.Parameter(torch.cat([w, w.mean(0, keepdim=True).expand(n - len(w), -1)]))
         self.cfg.vocab_size = n
 
-    def flops_per_token(self, seq_len: int, scored: float = 1.0) -> float:
-        """Of one training step (forward + backward), per token: 6 per weight, the head only at the scored share of
-        positions, 12 T (H hd) per layer for attention, halved if causal (Chinchilla's count)."""
+    def freeze(self, names: str):
+        """No gradient and no optimizer state for parameters whose Hugging Face names contain one of these substrings,
+        such as 'mlp' or 'lm_head,embed_tokens'. A tied head is its embedding; a fused tensor is frozen whole."""
+        parts, whole = [s.strip() for s in names.split(',') if s.strip()], {}
+        hit = lambda name: any(s in name for s in parts)
+        for name, view in self._hf_views().items(): whole.setdefault(view.untyped_storage().data_ptr(), []).append(name)
+        if self.cfg.tied: tie = whole[self.embed_tokens.weight.untyped_storage().data_ptr()]
+        known = [n for group in whole.values() for n in group] + ['lm_head.weight']
+        for s in parts:
+            if not any(s in n for n in known): raise SystemExit(f"freeze_layers: no parameter's name contains {s!r}")
+        for p in self.parameters():
+            group = whole[p.untyped_storage().data_ptr()]
+            yes = [n for n in group if hit(n)]
+            if yes and len(yes) < len(group):
+                raise SystemExit(f"freeze_layers: {', '.join(group)} are one tensor here, name all or none of them")
+            if yes or (self.cfg.tied and group is tie and hit('lm_head.weight')): p.requires_grad_(False)
+
+    def flops_per_token(self, seq_len: int, scored: float = 1.0, training: bool = True) -> float:
+        """Of one forward, per token: 2 per weight, the head only at the scored share of positions, 4 T (H hd) per layer
+        for attention, halved if causal (Chinchilla's count). A training step is three times as much, without the
+        gradients of frozen weights."""
         c = self.cfg
-        attn = 12 * c.n_layer * c.n_head * c.head_dim * seq_len / (2 if c.causal else 1)
-        return 6 * (self.n_params(embedding=False) + scored * c.vocab_size * c.n_embd) + attn
+        attn = 4 * c.n_layer * c.n_head * c.head_dim * seq_len / (2 if c.causal else 1)
+        forward = 2 * (self.n_params(embedding=False) + scored * c.vocab_size * c.n_embd) + attn
+        frozen = sum(p.numel() for p in self.layers.parameters() if not p.requires_grad)
+        return 3 * forward - 2 * frozen if training else forward
 
     def fused_rows(self) -> dict[str, list[int]]:
         """Of which row counts the fused matrices are stacked."""
@@ -440,6 +460,10 @@ class Objective(nn.Module):
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
 
     def after_step(self, stats: dict): pass
+
+    def networks(self) -> list[Transformer]: return [self.model]        # what is compiled, block by block
+
+    def flops_per_token(self, seq_len: int) -> float: return self.model.flops_per_token(seq_len)
 
     def nelbo(self, batch, k: int = 1, seed: int = 0) -> tuple[float, float]:
         """Nats per scored token of this batch and the standard error over its rows."""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import find, load_checkpoint
 from configurator import configure
+from data import chat_prompt
 
 
 # ---- input -------------------------------------------------------------------------------------------
@@ -293,6 +294,7 @@ if __name__ == '__main__':
     # what to write
     prompt = ''             # text to continue, '' = from nothing; in bash, $'a\nb' has a newline
     prompt_file = ''        # a file whose whole content is the prompt
+    chat = False            # the prompt is what the user says: put it into the tokenizer's chat template
     infill = ''             # instead: text with holes, <hole> or <hole:12> (mdm)
     infill_file = ''        # a file with such a text
     hole_len = 16           # tokens in a <hole> that does not say how many
@@ -324,6 +326,7 @@ if __name__ == '__main__':
     prompt, infill = text_or_file('prompt', prompt, prompt_file), text_or_file('infill', infill, infill_file)
     filling = bool(infill or infill_file)
     if filling and prompt: raise SystemExit("give --prompt or --infill: what precedes a <hole> is a prompt")
+    if chat and not prompt: raise SystemExit("chat needs a --prompt, what the user says")
     parts = parse_holes(infill, hole_len) if filling else [prompt, max_new_tokens]      # text, hole, ...
     for name, least in dict(n=1, max_new_tokens=1, temperature=0, top_k=0, block_len=0, delay=0).items():
         if config[name] < least: raise SystemExit(f"{name} must be at least {least}, got {config[name]}")
@@ -355,6 +358,7 @@ if __name__ == '__main__':
 
     # -- sample
     template = [tok.encode(part) if isinstance(part, str) else part for part in parts]
+    if chat: template[0] = chat_prompt(prompt, tok)
     sep = [] if obj.separator is None else [obj.separator]
     given = [True] * len(sep)
     for part in template: given += [False] * part if isinstance(part, int) else [True] * len(part)

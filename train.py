@@ -43,10 +43,18 @@ from muon import Muon
 out_dir = 'out/run'                 # checkpoints, metrics.jsonl, config.py
 init_from = 'scratch'               # scratch; resume (out_dir must hold a checkpoint); a checkpoint, another
                                     # out_dir or a Hugging Face model
-objective = 'mdm'                   # ar or mdm
+objective = 'mdm'                   # ar, mdm, or repr_align: mdm aligned with an autoregressive teacher
 weighting = 'elbo'                  # mdm: elbo (the bound), flat, planner
 shift = False                       # mdm from scratch: row i-1 predicts token i, as in converted AR models
 t_min = 1e-3                        # mdm: smallest noise level
+teacher = ''                        # repr_align: an autoregressive model; default: init_from
+align_weight = 10.0                 # of the alignment, the mean of 1 - cosine; 0 = plain mdm without a teacher
+align_decay = 0                     # steps in which that weight falls to 0, linearly; 0 = it stays
+align_every = 1                     # align every k-th layer, counted from the last
+align_random = 0                    # of those, a random subset of so many per step; 0 = all
+align_first = 0                     # align only the first n positions of a row; 0 = all
+teacher_cache = ''                  # directory to keep the teacher's states in; for small corpora on slow machines
+freeze_layers = ''                  # substrings of Hugging Face's parameter names: mlp; lm_head,embed_tokens
 # data
 dataset = 'stdlib'                  # stdlib, packages, files (path or glob), or a hub dataset by name
 subset = ''                         # hub: the dataset's configuration name
@@ -56,6 +64,7 @@ data_dir = ''                       # where its tokens are or will be; default: 
 tokenizer = ''                      # bpe (own), bytes, directory, hub name; default: init_from's, else bpe
 vocab_size = 4096                   # of an own bpe
 seq_len = 1024                      # tokens per row
+data_fraction = 1.0                 # share of the training rows to use; smaller shares are subsets of larger ones
 val_split = 'val'                   # split that validation reads
 # model (from scratch)
 n_layer = 12
@@ -136,6 +145,7 @@ for wrong, why in (
          f"n_embd {n_embd} must be a multiple of n_head {n_head}, and that of n_kv_head {n_kv_head}"),
         (n_embd // n_head % 2, f"n_embd / n_head must be even, got {n_embd} / {n_head}"),
         (not 0 < t_min < 1, f"t_min must be between 0 and 1, got {t_min}"),
+        (not 0 < data_fraction <= 1, f"data_fraction must be above 0 and at most 1, got {data_fraction}"),
         (min(log_interval, eval_draws, tasks_every) < 1, "log_interval, eval_draws and tasks_every must be at least 1"),
         (unknown := set(tasks.split(',')) - {'', *benchmarks.TASKS},
          f"tasks is a comma list of {', '.join(benchmarks.TASKS)}, got {', '.join(unknown)}"),
@@ -181,7 +191,7 @@ if resume_from:
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
         val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
-        export_dtype push_to_hub result device compile deterministic out_dir data_dir'''.split())
+        export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher_cache'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
     refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
@@ -220,9 +230,16 @@ if world > 1:                                       # rank 0 may run programs fo
     dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=2) if tasks else None)
 
 # ---- model -------------------------------------------------------------------------------------------------
-if resume_from: obj, tok = checkpoint.load_checkpoint(str(resume_from), weighting=weighting, t_min=t_min)
+training = dict(weighting=weighting, t_min=t_min, align_weight=align_weight, align_decay=align_decay,
+                align_every=align_every, align_random=align_random, align_first=align_first,
+                teacher_cache=teacher_cache, teacher=(teacher or ('' if fresh else init_from)) if align_weight else '')
+if resume_from:
+    obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, **training)
+    saved = json.loads((resume_from / 'config.json').read_text())['dlm']
+    if changed := [f'{k} is {obj.dlm.get(k)!r}, was {v!r}' for k, v in saved.items() if obj.dlm.get(k) != v]:
+        raise SystemExit(f"{out_dir} was trained with something else: {'; '.join(changed)}")
 elif not fresh:
-    obj, tok = checkpoint.load_checkpoint(init_from, objective, weighting=weighting, t_min=t_min)
+    obj, tok = checkpoint.load_checkpoint(init_from, objective, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
@@ -231,11 +248,13 @@ else:
                       rope_theta=rope_theta, qk_norm=qk_norm, tied=tied, max_seq_len=seq_len)
     model = Transformer(cfg)
     mask_id = tok.mask_id if objective == 'ar' else checkpoint.find_mask_id(model, tok)
-    obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, weighting=weighting,
-                                    t_min=t_min, separator=tok.sep_id, eos_id=tok.eos_id)
+    obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, separator=tok.sep_id,
+                                    eos_id=tok.eos_id, tokenizer=tok, **training)
 obj.to(device).train()
 model = obj.model
-train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size)
+model.freeze(freeze_layers)
+if not any(p.requires_grad for p in model.parameters()): raise SystemExit("freeze_layers leaves nothing to train")
+train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size, data_fraction)
 val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size)
 data_hash = train_data.meta['sha256']
 if not fresh and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
@@ -248,7 +267,8 @@ if optimizer == 'muon':             # the blocks' matrices; embedding, head and 
     fused = model.fused_rows()
     matrices = {p: fused.get(name.split('.')[-2]) for name, p in model.layers.named_parameters()
                 if p.ndim == 2 and p.requires_grad}
-    optimizers.append(Muon([dict(params=[p], rows=rows) for p, rows in matrices.items()], lr, weight_decay))
+    if matrices:
+        optimizers.append(Muon([dict(params=[p], rows=rows) for p, rows in matrices.items()], lr, weight_decay))
     for group in groups: group['params'] = [p for p in group['params'] if p not in matrices]
 optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=on_gpu))
 peak_lrs = [[group['lr'] for group in opt.param_groups] for opt in optimizers]
@@ -257,7 +277,7 @@ if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
 model.activation_checkpointing = activation_checkpointing
 compiled = compile and on_gpu
 if compiled:
-    for block in model.layers: block.compile(dynamic=False)
+    for block in (block for net in obj.networks() for block in net.layers): block.compile(dynamic=False)
 if world > 1:
     steps = [None] * world
     dist.all_gather_object(steps, start_step)
@@ -265,7 +285,7 @@ if world > 1:
         raise SystemExit(f"out_dir must be on a disk that all machines share: their last steps are {steps}")
 ddp = DistributedDataParallel(obj, gradient_as_bucket_view=True) if world > 1 else obj
 
-flops_per_token = model.flops_per_token(seq_len, scored=0.5 if obj.name == 'mdm' else 1.0)
+flops_per_token = obj.flops_per_token(seq_len)
 PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'B200': 2250e12, 'L40S': 362e12, '4090': 165e12,
         '5090': 210e12}             # dense bf16 FLOP/s
 gpu = torch.cuda.get_device_name() if on_gpu else ''
@@ -288,7 +308,7 @@ if is_main:
         from torch.utils.tensorboard import SummaryWriter
         tracker = SummaryWriter(out / 'tensorboard', purge_step=start_step)
     say(f"{obj.name}: {model.n_params() / 1e6:.2f}M parameters ({model.n_params(False) / 1e6:.2f}M without "
-        f"embeddings) on {gpu or 'CPU'} x {world}; {len(train_data):,} rows of {seq_len} tokens, "
+        f"embeddings) on {gpu or 'CPU'} x {world}; {len(train_data.used):,} rows of {seq_len} tokens, "
         f"{tokens_per_step:,} tokens per step in {accumulation} micro-step(s); kernels: {kernels.active(device)}")
     if fresh and not resume_from:
         V = model.cfg.vocab_size
@@ -297,7 +317,8 @@ if is_main:
 
 def record(step, **metrics):
     """One line of metrics.jsonl, and the numbers to wandb or tensorboard."""
-    with open(metrics_file, 'a') as f: f.write(json.dumps(checkpoint.plain(dict(step=step, **metrics))) + '\n')
+    line = checkpoint.plain(dict(step=step, minutes=round(minutes(), 4), **metrics))
+    with open(metrics_file, 'a') as f: f.write(json.dumps(line) + '\n')
     flat = {f'{k}/{i}' if isinstance(v, list) else k: x for k, v in metrics.items()
             for i, x in enumerate(v if isinstance(v, list) else [v])}
     if log == 'wandb': tracker.log(flat, step=step)

@@ -267,6 +267,23 @@ def test_an_epoch_visits_every_row_once_and_epochs_differ(tmp_path):
     assert stream == (first + second)[:len(stream)]
 
 
+def test_a_share_of_the_rows(tmp_path):
+    """data_fraction: epochs over a fixed part of the rows, whatever the seed; a smaller part lies in a larger one."""
+    path, seen = prepared(tmp_path), {}
+    n = len(data.Corpus(path, "train", 16))
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        corpus = data.Corpus(path, "train", 16, fraction=fraction)
+        k = len(corpus.used)
+        assert k == max(round(fraction * n), 1) and len(corpus) == n
+        epochs = [corpus.batch(e, 0, k, k, seed) for e in (0, 1) for seed in (1, 2)]
+        rows = [sorted(tuple(r.tolist()) for r in batch.ids) for batch in epochs]
+        assert all(r == rows[0] for r in rows)
+        seen[fraction] = set(rows[0])
+        assert epochs[0].n_targets == int(epochs[0].is_target.sum())
+    assert seen[0.01] <= seen[0.1] < seen[0.5] < seen[1.0]
+    assert corpus.batch(0, 0, 5, 5, 1).ids.equal(data.Corpus(path, "train", 16).batch(0, 0, 5, 5, 1).ids)
+
+
 def test_a_batch_does_not_depend_on_who_asks(tmp_path):
     """Ranks and micro-batches are slices of one global batch: same rows, same n_targets."""
     corpus = data.Corpus(prepared(tmp_path), "train", 16)
@@ -606,6 +623,18 @@ def test_conversations_by_the_chat_template(smollm, tmp_path):
     im_start, im_end = smollm.encode("<|im_start|><|im_end|>", special=True)
     assert ids.count(im_start) == 5 and ids.count(im_end) == 5             # system, and four turns: real ids
     assert smollm.decode(np.array(ids)[tgt == 1]) == "hello\nfarewell\n"
+
+
+def test_a_prompt_reads_as_it_did_in_training(smollm):
+    """chat_prompt: the ids of a training document, without SEP, up to the first target."""
+    import tempfile
+    for tok in (smollm, data.byte_tokenizer()):
+        with tempfile.TemporaryDirectory() as tmp:
+            segments = data.chat_segments(CHAT[:2], getattr(tok, "hf", None))
+            data._encode_shard(tok, [segments], Path(tmp) / "x.npz")
+            shard = np.load(Path(tmp) / "x.npz")
+        first = int(shard["tgt"].argmax())
+        assert data.chat_prompt("hi", tok) == shard["ids"][1:first].tolist()
 
 
 def test_template_that_rewrites_earlier_turns():

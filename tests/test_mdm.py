@@ -35,7 +35,7 @@ class ExactConditionals(nn.Module):
         self.joint, self.head_weight = joint, torch.eye(V + 2)
         self.embed_tokens = nn.Embedding(1, 1)
 
-    def hidden(self, ids, ranges=None, pos=None):
+    def hidden(self, ids, ranges=None, pos=None, tap=None):
         out = torch.full((*ids.shape, V + 2), -1e9)                  # hidden = logits, the head is the identity
         for b, row in enumerate(ids.tolist()):
             for i in range(1, L + 1):

@@ -771,3 +771,36 @@ def test_rare_tokens_of_a_large_vocabulary():
         counts += group[K.unmask(z.expand(250, -1), generator=g)].bincount(minlength=5)
     p = z.double().softmax(0)
     assert_frequencies(counts, torch.zeros(5, dtype=torch.float64).index_add(0, group, p))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# freezing by Hugging Face's names
+
+@pytest.mark.parametrize('names, tied, frozen', [
+    ('mlp', True, 'gate_up_proj down_proj'),
+    ('q_proj,k_proj, v_proj', True, 'qkv_proj'),                        # weight and bias, all three parts
+    ('lm_head', True, 'embed_tokens'), ('embed_tokens', True, 'embed_tokens'),        # one tensor, two names
+    ('lm_head', False, 'lm_head'), ('embed_tokens', False, 'embed_tokens'),
+    ('layers.0.', False, 'layers.0.'), ('o_proj.weight', False, 'o_proj'), ('', True, ''),
+])
+def test_freeze(names, tied, frozen):
+    model = Transformer(ModelConfig(64, 2, 2, 1, 32, 48, 16, qkv_bias=True, tied=tied))
+    model.freeze(names)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not any(s in name for s in frozen.split())), name
+    loss, _ = K.linear_cross_entropy(model.hidden(torch.arange(6)[None]).flatten(0, 1), model.head_weight,
+                                     torch.arange(6), torch.ones(6))
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    full = Transformer(ModelConfig(64, 2, 2, 1, 32, 48, 16, qkv_bias=True, tied=tied))
+    saved = sum(p.numel() for n, p in model.layers.named_parameters() if not p.requires_grad)
+    assert full.flops_per_token(8) - model.flops_per_token(8) == 2 * saved      # no gradient of these weights
+
+
+@pytest.mark.parametrize('names, says', [
+    ('mpl', "no parameter's name contains 'mpl'"), ('mlp,layers.7.', "no parameter's name contains 'layers.7.'"),
+    ('q_proj', 'are one tensor here'), ('k_proj,v_proj', 'are one tensor here'), ('up_proj', 'are one tensor here'),
+])
+def test_freeze_refuses(names, says):
+    model = Transformer(ModelConfig(64, 2, 2, 1, 32, 48, 16))
+    with pytest.raises(SystemExit, match=says): model.freeze(names)

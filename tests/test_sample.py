@@ -222,3 +222,11 @@ def test_mistakes_end_in_one_line(mdm_dir, monkeypatch, args, says):
 def test_an_empty_directory_is_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='holds no checkpoint. Train one'):
         in_process(monkeypatch, f'--out_dir={tmp_path}')
+
+
+def test_chat_puts_the_prompt_where_training_had_it(mdm_dir, monkeypatch, capsys):
+    """Without a chat template: paragraphs, as data.py writes them. SmolLM2's template is tested in test_data.py."""
+    in_process(monkeypatch, f'--out_dir={mdm_dir}', '--chat=true', '--prompt=hi', '--n=1', '--max_new_tokens=2')
+    assert 'user: hi\n\nassistant: ' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='chat needs a --prompt'):
+        in_process(monkeypatch, f'--out_dir={mdm_dir}', '--chat=true')

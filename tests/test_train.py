@@ -64,7 +64,7 @@ def train(corpus, tmp_path, monkeypatch):
 def metrics(out_dir='run'):
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tokens_per_s'} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ('tokens_per_s', 'minutes')} for line in lines]
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -137,6 +137,13 @@ def test_learning_rate_warms_up_and_falls_to_its_floor(train):
     assert lrs[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert lrs[4] == pytest.approx(1) and lrs[4:] == sorted(lrs[4:], reverse=True)
     assert run['learning_rate'](20) == pytest.approx(0.25) and run['learning_rate'](99) == pytest.approx(0.25)
+
+
+def test_a_share_of_the_training_rows(train, capsys):
+    run = train(max_iters=1, data_fraction=0.1, eval_interval=0, sample_tokens=0)
+    n = len(run['train_data'])
+    assert len(run['train_data'].used) == round(0.1 * n) and len(run['val_data'].used) == len(run['val_data'])
+    assert f'on CPU x 1; {round(0.1 * n)} rows of 32 tokens' in capsys.readouterr().out
 
 
 # ---- what must not change the result -----------------------------------------------------------------------
@@ -296,14 +303,50 @@ def test_a_foreign_model_brings_its_tokenizer(train, corpus):
     assert checkpoint.load_checkpoint('mdm')[0].dlm == run['obj'].dlm
 
 
+# ---- instruction tuning ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('objective', ['mdm', 'ar'])
+def test_sft_learns_to_answer(train, tmp_path, objective):
+    """The prompt is never masked and never scored; the loss of held-out answers falls."""
+    with open('sft.jsonl', 'w') as f:
+        for i in range(300):
+            f.write(json.dumps(dict(prompt=f'{i * 7919 % 10007:05d}?', response='yes.' if i % 2 else 'no.')) + '\n')
+    data.prepare('sft.jsonl', 'sft', tokenizer='bytes', key='prompt,response', val_fraction=0.2)
+    run = train(objective=objective, dataset='sft.jsonl', data_dir='sft', key='prompt,response', max_iters=40,
+                eval_interval=40, eval_rows=0, final_eval_rows=0, sample_tokens=0, save_interval=0,
+                weighting='flat')
+    before, after = (line['val_nats_per_token'] for line in metrics() if 'val_nats_per_token' in line)
+    assert before > 5 and after < 1.2, (before, after)      # which answer it is cannot be known: ln 2 per answer
+    flags = run['val_data'].meta['splits']['val']
+    assert metrics()[-1]['val_n_tokens'] == run['val_data'].n_targets < flags['tokens'] / 2
+    obj, answers = run['obj'], {*run['tok'].encode('yesno.'), run['tok'].eos_id}
+    for step in range(3):
+        batch = run['train_data'].batch(step, 0, 8, 8, 0)
+        noise = obj.prepare(batch, 0).noise
+        n = noise['n'] if objective == 'ar' else int(noise['real'].sum())
+        assert set(noise['targets'][:n].tolist()) <= answers and n
+        if objective == 'mdm': assert torch.equal(noise['xt'][~batch.is_target], batch.ids[~batch.is_target])
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize('file', [p.name for p in sorted((TRAIN.parent / 'config').glob('[!e]*.py'))])
+def test_every_config_is_one(monkeypatch, file):
+    """Its keys exist, its batch can be divided: what stops it is the device."""
+    monkeypatch.setattr(sys, 'argv', [str(TRAIN), f'config/{file}', '--device=tpu'])
+    with pytest.raises(SystemExit, match="device must be cuda or cpu, got 'tpu'"):
+        runpy.run_path(str(TRAIN), run_name='__main__')
+    text = (TRAIN.parent / 'config' / file).read_text()
+    assert text.startswith('# ') and 'out_dir' in text
+
+
 @pytest.mark.parametrize('settings, message', [
     (dict(global_batch_size=6, micro_batch_size=4), 'a multiple of processes x micro_batch_size = 1 x 4'),
     (dict(global_batch_size=0), 'global_batch_size 0 must be a multiple'),
     (dict(optimizer='sgd'), "optimizer must be adamw or muon, got 'sgd'"),
-    (dict(objective='xyz'), "objective must be ar or mdm, got 'xyz'"),
+    (dict(objective='xyz'), "objective must be one of ar, mdm, repr_align, got 'xyz'"),
     (dict(weighting='x'), "weighting must be elbo, flat or planner, got 'x'"),
     (dict(n_head=3), 'n_embd 32 must be a multiple of n_head 3'),
+    (dict(data_fraction=0), 'data_fraction must be above 0 and at most 1, got 0.0'),
+    (dict(freeze_layers='layer.0'), "freeze_layers: no parameter's name contains 'layer.0'"),
     (dict(n_kv_head=4), 'and that of n_kv_head 4'),
     (dict(log='mlflow'), "log must be wandb or tensorboard, got 'mlflow'"),
     (dict(log_interval=0), 'log_interval, eval_draws and tasks_every must be'),
