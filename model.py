@@ -414,10 +414,12 @@ class Objective(nn.Module):
     """Subclasses define prepare(batch, seed), forward(batch) -> loss, stats, row_nll(batch, k, seed) and sample().
 
     Every stat is a tensor (2, ...): numerator and denominator, summed over micro-steps and ranks before the ratio
-    is logged. mask_id: excluded from every softmax (None: the vocabulary has none); separator: the id put before
+    is logged (names with a leading _ have any shape and are only for after_step). mask_id: excluded from every softmax (None: the vocabulary has none); separator: the id put before
     every document (None for foreign checkpoints); eos_id ends a sequence."""
-    name = ''
+    name = estimator = ''                                       # estimator: what kind of number row_nll's is
     shift = True                                                # row i - 1 of the hidden states predicts token i
+    judge = 'nats_per_token'                                    # the number of validate() that the best checkpoint minimises
+    one_chunk_per_row = False                                   # data.Corpus(alone=...): no packing of documents
 
     def __init__(self, model: Transformer, mask_id=None, separator=None, eos_id=None):
         super().__init__()
@@ -439,7 +441,13 @@ class Objective(nn.Module):
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
 
-    def after_step(self, stats: dict): pass
+    def start(self, batches): pass                              # before the first step of a fresh run: statistics, ...
+
+    def after_step(self, stats: dict): pass                     # all-reduced; names with a leading _ are not logged
+
+    def loss_at_start(self) -> str:
+        V = self.model.cfg.vocab_size
+        return f"ln {V} = {math.log(V):.2f} nats per token"
 
     def nelbo(self, batch, k: int = 1, seed: int = 0) -> tuple[float, float]:
         """Nats per scored token of this batch and the standard error over its rows."""
