@@ -391,7 +391,7 @@ class LatentModel(nn.Module):
         inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
         x = self._cast(self.encoder_queries.expand(B, -1, -1))
         x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
-        return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-6)
+        return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z):
         """Running mean 0 and variance 1 per dimension: the gradient knows them as constants."""
@@ -608,7 +608,7 @@ class LDLM(Objective):
             logits = K.head_logits(part, self.model.head.weight)
             top = logits.max(-1)
             out.append((top.indices, (top.values - logits.logsumexp(-1)).exp()))
-        return (torch.cat(x).view(h.shape[:2]) for x in zip(*out))
+        return tuple(torch.cat(x).view(h.shape[:2]) for x in zip(*out))
 
     # -- sampling
     def grid(self, n_steps, grid='uniform', eta=0.0):
@@ -666,7 +666,7 @@ class LDLM(Objective):
             see = (lambda z: history.append(self._show(prompts, texts, z, max_new_tokens))) if history is not None else None
             z = self.sample_latents(torch.tensor(seeds, device=device), n_steps, eta, grid, self._prefix(texts), see)
             nfe += n_steps
-            for i, new in enumerate(next(self._tokens(self.model.decode(z))).tolist()):
+            for i, new in enumerate(self._tokens(self.model.decode(z))[0].tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end
                 done[i] |= self.eos_id in new
                 texts[i] = texts[i] + new
