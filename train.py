@@ -223,16 +223,16 @@ if (start_step >= max_iters or time_is_up) and result_file.exists():
 
 # ---- data --------------------------------------------------------------------------------------------------
 fresh = init_from == 'scratch'
-own_bpe = fresh and (not encoder or encoder.startswith('random:'))
-encoder = str(checkpoint.find(encoder) or encoder)
-tokenizer = tokenizer or ('bpe' if own_bpe else encoder if fresh else init_from)
+encoder = str(checkpoint.find(encoder) or encoder) if objective == 'ldlm' else ''
+lender = init_from if not fresh else '' if encoder.startswith('random:') else encoder    # whose tokenizer it has to be
+tokenizer = tokenizer or lender or 'bpe'
 slug = lambda text: ''.join(c if c.isalnum() else '_' for c in text.strip('./'))
 if not data_dir:
     data_dir = f"data/{slug(dataset)}-{slug(tokenizer)}" + (f'-{vocab_size}' if tokenizer == 'bpe' else '')
 settings = dict(tokenizer=str(checkpoint.find(tokenizer) or tokenizer), vocab_size=vocab_size)
 prepared = Path(data_dir) / 'meta.json'
 if prepared.exists():                               # by data.py, perhaps with settings that train.py lacks
-    known = ('val_fraction', 'seed', 'split', *(() if fresh else settings))
+    known = ('val_fraction', 'seed', 'split', *(settings if lender else ()))
     settings |= {k: v for k, v in json.loads(prepared.read_text())['settings'].items() if k in known}
 data.prepare(dataset, data_dir, subset=subset, key=key, max_docs=max_docs, **settings)   # one does, all wait
 if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
@@ -244,7 +244,8 @@ elif not fresh:
     obj, tok = opened(init_from, objective)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
 elif objective == 'ldlm':
-    tok = data.load_tokenizer(f'{data_dir}/tokenizer')
+    if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>, see config/ldlm_quickstart.py")
+    tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
     frozen = Encoder(encoder, encoder_layer, encoder_device).load()
     cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
@@ -264,8 +265,8 @@ model = obj.model
 train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size, obj.one_chunk_per_row)
 val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size, obj.one_chunk_per_row)
 data_hash = train_data.meta['sha256']
-if not fresh and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
-    raise SystemExit(f"{data_dir} has the tokens of {train_data.meta['tokenizer']!r}, not of {init_from}: "
+if lender and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
+    raise SystemExit(f"{data_dir} has the tokens of {train_data.meta['tokenizer']!r}, not of {lender}: "
                      "choose another --data_dir")
 if state and state['data'] != data_hash: raise SystemExit(f"{data_dir}: {out_dir} was trained on other data")
 if fresh and not resume_from:

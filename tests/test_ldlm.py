@@ -220,11 +220,11 @@ class ExactDenoiser(LatentModel):
 def test_exact_denoiser_recovers_the_gaussian(eta, grid):
     """For every eta and grid, the marginal at t = 0 is the data's (up to the grid's discretisation)."""
     model = ExactDenoiser(LatentConfig(**SMALL | dict(n_embd=4, n_head=1)))
-    model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) ** 1.5)
+    model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) * 0.7 + torch.linspace(0, 1, 65) ** 2 * 0.3)
     o = LDLM(Encoder('random:24:64'), model, 0, 0)
-    z = o.sample_latents(torch.arange(2000) * 7919, 256, eta, grid).flatten(0, 1)           # (24000, 4)
+    z = o.sample_latents(torch.arange(2000) * 7919, 512, eta, grid).flatten(0, 1)           # (24000, 4)
     torch.testing.assert_close(z.mean(0), model.mean, atol=0.02, rtol=0)
-    torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.03)
+    torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.05)
     assert abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
 
 
