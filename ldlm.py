@@ -394,11 +394,17 @@ class LatentModel(nn.Module):
         return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z):
-        """Running mean 0 and variance 1 per dimension: the gradient knows them as constants."""
+        """Running mean 0 and variance 1 per dimension. The values are those of the running statistics, the gradient is
+        that of this batch's (batch renormalisation, 1702.03275) [S]: were they constants to it, the denoiser would be
+        rewarded for shrinking z towards a constant, step by step, as fast as they follow."""
         s, sq, n = self.latent_sums
         if_seen = lambda x, else_: torch.where(n > 0, x / n.clamp(min=1e-8), else_)
         mean, square = if_seen(s, 0.0), if_seen(sq, 1.0)
-        return (z - mean) * (square - mean * mean).clamp(min=1e-4).rsqrt()
+        rstd = (square - mean * mean).clamp(min=1e-6).rsqrt()
+        if not torch.is_grad_enabled(): return (z - mean) * rstd
+        var, batch_mean = torch.var_mean(z, (0, 1), correction=0)
+        batch_std = (var + 1e-6).sqrt()
+        return (z - batch_mean) / batch_std * (batch_std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
 
     def decode(self, z):
         """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
@@ -569,7 +575,7 @@ class LDLM(Objective):
 
     def after_step(self, stats):
         m = self.model
-        m.latent_sums.mul_(0.99).add_(stats['_latents'].to(m.latent_sums))
+        m.latent_sums.mul_(0.9).add_(stats['_latents'].to(m.latent_sums))
         if self.settings['adaptive']: m.timesteps.update_bins(stats['_bins'])
 
     # -- measuring
