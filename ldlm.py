@@ -57,10 +57,10 @@ class AdaptiveTimesteps(nn.Module):
     """t = F^-1(xi) with F(t) = (L(t) - L(0)) / (L(1) - L(0)): the loss becomes linear in xi (Eq. 5) [R].
 
     The design is ours [S]: decayed sums and counts of the loss per bin of t (the ratio has no start-up bias), made
-    monotone; F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin can starve.
+    monotone (isotonic fit); F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin can starve.
     Until every bin was seen, t = xi. `memory`: how many samples the averages look back, whatever the batch size."""
 
-    def __init__(self, n_bins=64, memory=8192, uniform=0.05, every=50):
+    def __init__(self, n_bins=64, memory=4096, uniform=0.05, every=50):
         super().__init__()
         self.n_bins, self.memory, self.uniform, self.every = n_bins, memory, uniform, every
         self.register_buffer('bins', torch.zeros(2, n_bins))                    # decayed sums of the loss, counts
@@ -92,12 +92,22 @@ class AdaptiveTimesteps(nn.Module):
         self.bins.mul_((-new[1].sum() / self.memory).exp()).add_(new)
         self.n_updates += 1
         if self.n_updates % self.every or not (self.bins[1] > 0.01).all(): return
-        mean = (self.bins[0] / self.bins[1]).double().cummax(0).values          # at the centres
+        mean = isotonic(*self.bins.double().cpu())                              # at the centres
         inner, first, last = (mean[1:] + mean[:-1]) / 2, mean[1] - mean[0], mean[-1] - mean[-2]
         edges = torch.cat([(mean[:1] - first / 2).clamp(min=0), inner, mean[-1:] + last / 2])
         if not edges[-1] > edges[0]: return
         F_ = (edges - edges[0]) / (edges[-1] - edges[0])
-        self.cdf.copy_((1 - self.uniform) * F_ + self.uniform * torch.linspace(0, 1, len(F_)).to(F_))
+        self.cdf.copy_((1 - self.uniform) * F_ + self.uniform * torch.linspace(0, 1, len(F_)))
+
+
+def isotonic(sums, counts):
+    """The non-decreasing fit to the means sums / counts, weighted by counts (pool adjacent violators)."""
+    pools = []                                                                  # sum, count, number of bins
+    for pool in zip(sums.tolist(), counts.tolist(), [1] * len(sums)):
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(map(sum, zip(pools.pop(), pool)))
+        pools.append(pool)
+    return torch.cat([torch.full((n,), s / c, dtype=torch.float64) for s, c, n in pools])
 
 
 def row_noise(seeds, shape, stream=0):
@@ -331,7 +341,7 @@ class LatentModel(nn.Module):
         self.dit_context = nn.Linear(cfg.feature_dim, d, bias=False) if cfg.prefix_len else None
         self.dit, self.dit_out = blocks(cfg.n_layer, DiTBlock), nn.Linear(d, dl)
         self.register_buffer('feature_stats', torch.tensor([[0.], [1.]]).repeat(1, cfg.feature_dim))     # mean, std
-        self.register_buffer('latent_sums', torch.zeros(3, dl))     # decayed sums of z, z^2 and their number
+        self.register_buffer('latent_sums', torch.zeros(3, cfg.n_latents, dl))      # decayed sums of z, z^2, and counts
         self.timesteps = AdaptiveTimesteps()
         if self.head.weight.device.type != 'meta': self.init_weights()
 
@@ -394,17 +404,18 @@ class LatentModel(nn.Module):
         return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z):
-        """Running mean 0 and variance 1 per dimension. The values are those of the running statistics, the gradient is
-        that of this batch's (batch renormalisation, 1702.03275) [S]: were they constants to it, the denoiser would be
-        rewarded for shrinking z towards a constant, step by step, as fast as they follow."""
-        s, sq, n = self.latent_sums
-        if_seen = lambda x, else_: torch.where(n > 0, x / n.clamp(min=1e-8), else_)
-        mean, square = if_seen(s, 0.0), if_seen(sq, 1.0)
-        rstd = (square - mean * mean).clamp(min=1e-6).rsqrt()
+        """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension. The
+        values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
+        Were they constants to it, the denoiser would be paid for shrinking z towards a constant as fast as they follow;
+        and with one mean for all latents, for constants of each latent: both happened, see LOG.md."""
+        s, square, n = self.latent_sums                                                 # (K, latent_dim) each
+        mean, square = torch.where(n > 0, s / n.clamp(min=1e-8), 0.0), torch.where(n > 0, square / n.clamp(min=1e-8), 1.0)
+        rstd = (square - mean * mean).mean(0).clamp(min=1e-6).rsqrt()
         if not torch.is_grad_enabled(): return (z - mean) * rstd
-        var, batch_mean = torch.var_mean(z, (0, 1), correction=0)
-        batch_std = (var + 1e-6).sqrt()
-        return (z - batch_mean) / batch_std * (batch_std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
+        batch_mean = z.mean(0) if len(z) > 1 else mean
+        x = z - batch_mean
+        std = (x.square().mean((0, 1)) + 1e-6).sqrt()
+        return x / std * (std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
 
     def decode(self, z):
         """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
@@ -568,10 +579,10 @@ class LDLM(Objective):
         loss = (w * (diff + feat)).sum() + ce_loss
         row = w.count_nonzero()
         total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
-        flat = raw.detach()[w > 0].flatten(0, 1)                                        # (rows K, latent_dim)
+        used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
         return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
                           _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)),
-                          _latents=torch.stack([flat.sum(0), flat.square().sum(0), torch.full_like(flat[0], len(flat))]))
+                          _latents=torch.stack([used.sum(0), used.square().sum(0), row.to(used).expand(used.shape[1:])]))
 
     def after_step(self, stats):
         m = self.model
