@@ -60,7 +60,7 @@ class AdaptiveTimesteps(nn.Module):
     monotone (isotonic fit); F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin can starve.
     Until every bin was seen, t = xi. `memory`: how many samples the averages look back, whatever the batch size."""
 
-    def __init__(self, n_bins=64, memory=4096, uniform=0.05, every=50):
+    def __init__(self, n_bins=64, memory=2048, uniform=0.1, every=20):
         super().__init__()
         self.n_bins, self.memory, self.uniform, self.every = n_bins, memory, uniform, every
         self.register_buffer('bins', torch.zeros(2, n_bins))                    # decayed sums of the loss, counts
