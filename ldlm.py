@@ -346,14 +346,17 @@ class LatentModel(nn.Module):
         if self.head.weight.device.type != 'meta': self.init_weights()
 
     def init_weights(self):
-        """N(0, 0.02), projections into a residual stream smaller (GPT-2), adaLN and the denoiser's output zero [S]."""
+        """Matrices N(0, 1 / inputs), into a residual stream smaller (GPT-2), adaLN and the denoiser's output zero; queries,
+        positions and the head 0.02, so that latents differ by what they see, not by where they are [S]."""
         zero = ('adaln.weight', 'dit_mod.weight', 'dit_out.weight', 'dit_self_cond', 'bias')
         for name, p in self.named_parameters():
-            depth = len(getattr(self, name.split('.')[0], '')) if '.mlp.' in name or '.o_proj' in name else 1
             if name.endswith(zero): nn.init.zeros_(p)
             elif p.ndim < 2: nn.init.ones_(p)
-            else: nn.init.normal_(p, std=0.02 / (math.sqrt(2 * depth) if name.endswith(
-                ('o_proj.weight', 'down_proj.weight')) else 1))
+            elif name.endswith(('_queries', '_pos', 'head.weight')): nn.init.normal_(p, std=0.02)
+            else:
+                last = name.endswith(('o_proj.weight', 'down_proj.weight'))
+                depth = len(getattr(self, name.split('.')[0])) if last else 0.5
+                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1] * 2 * depth))
 
     # -- what train.py wants to know of any model
     @property
