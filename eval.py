@@ -41,7 +41,7 @@ from configurator import configure
 from data import Corpus, batch_from_documents, prepare
 
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-SAMPLER = 'n_steps temperature top_k top_p commit score remask tau block_len eta grid'.split()
+SAMPLER = 'n_steps temperature top_k top_p commit score remask tau block_len eta time_grid'.split()
 
 
 # ---- likelihood --------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ if __name__ == '__main__':
     tau = 0.9
     block_len = 0
     eta = 0.0                       # ldlm: 0 = DDIM, 1 = ancestral
-    grid = 'uniform'                # ldlm: or adaptive
+    time_grid = 'uniform'           # ldlm: or adaptive
     sweep = ''                      # 'temperature=0.2,0.6;n_steps=32,128': --tasks at all combinations, in one JSON
     batch_size = 32
     seed = 0

@@ -631,13 +631,14 @@ class LDLM(Objective):
         return tuple(torch.cat(x).view(h.shape[:2]) for x in zip(*out))
 
     # -- sampling
-    def grid(self, n_steps, grid='uniform', eta=0.0):
+    def grid(self, n_steps, time_grid='uniform', eta=0.0):
         """-> times (n_steps,) and, per step, the (n_steps, 3) factors of zt, z_hat and fresh noise in
         z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v = the variance of q(z_s | zt, z0).
-        eta = 0 is DDIM, 1 ancestral. grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
-        if grid not in ('uniform', 'adaptive'): raise SystemExit(f"grid must be uniform or adaptive, got {grid!r}")
+        eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
+        if time_grid not in ('uniform', 'adaptive'):
+            raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
         t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
-        if grid == 'adaptive': t = torch.cat([t[:1], self.model.timesteps.quantile(t[1:-1].float()).double().cpu(), t[-1:]])
+        if time_grid == 'adaptive': t = torch.cat([t[:1], self.model.timesteps.quantile(t[1:-1].float()).double().cpu(), t[-1:]])
         alpha, sigma = tangent_alpha_sigma(t, self.settings['tangent_d'])
         (a_t, a_s), (s_t, s_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
         v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
@@ -645,11 +646,11 @@ class LDLM(Objective):
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
 
     @torch.no_grad()
-    def sample_latents(self, seeds, n_steps, eta=0.0, grid='uniform', prefix=None, see=None):
+    def sample_latents(self, seeds, n_steps, eta=0.0, time_grid='uniform', prefix=None, see=None):
         """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
         m, device, prefix = self.model, seeds.device, prefix or {}
         shape = (m.cfg.n_latents, m.cfg.latent_dim)
-        times, factors = self.grid(n_steps, grid, eta)
+        times, factors = self.grid(n_steps, time_grid, eta)
         z, z_hat = row_noise(seeds, shape), torch.zeros(len(seeds), *shape, device=device)
         for i, (a, b, c) in enumerate(factors.tolist()):
             mods = m.modulations(times[i].to(device).expand(len(seeds)))
@@ -672,7 +673,7 @@ class LDLM(Objective):
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens=128, n_steps=64, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',
-               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, grid='uniform'):
+               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='uniform'):
         """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. A chunk at a time: n_steps
         denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without one
         it ends with the first. temperature to block_len are for other objectives."""
@@ -684,7 +685,7 @@ class LDLM(Objective):
             if all(done): break
             seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
             see = (lambda z: history.append(self._show(prompts, texts, z, max_new_tokens))) if history is not None else None
-            z = self.sample_latents(torch.tensor(seeds, device=device), n_steps, eta, grid, self._prefix(texts), see)
+            z = self.sample_latents(torch.tensor(seeds, device=device), n_steps, eta, time_grid, self._prefix(texts), see)
             nfe += n_steps
             for i, new in enumerate(self._tokens(self.model.decode(z))[0].tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end

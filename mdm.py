@@ -126,9 +126,9 @@ class MDM(Objective):
         return z
 
     def sample(self, prompts, max_new_tokens=128, n_steps=128, temperature=1.0, top_k=0, top_p=1.0, commit='schedule',
-               score='confidence', remask='none', tau=0.9, block_len=0, seed=0, history=None, eta=0.0, grid=''):
+               score='confidence', remask='none', tau=0.9, block_len=0, seed=0, history=None, eta=0.0, time_grid=''):
         """Continue prompts (lists of ids, of any lengths) by max_new_tokens each, cut before EOS. Returns (lists of
-        ids, prompt included), nfe. The settings are those of `infill`; eta and grid are ldlm's."""
+        ids, prompt included), nfe. The settings are those of `infill`; eta and time_grid are ldlm's."""
         holes = [[list(p), max_new_tokens] for p in prompts]
         return self.infill(holes, n_steps, temperature, top_k, top_p, commit, score, remask, tau, block_len, seed,
                            history, stop_at_eos=self.eos_id is not None)
@@ -136,7 +136,7 @@ class MDM(Objective):
     @torch.no_grad()
     def infill(self, templates, n_steps=128, temperature=1.0, top_k=0, top_p=1.0, commit='schedule', score='confidence',
                remask='none', tau=0.9, block_len=0, seed=0, history=None, stop_at_eos=False, pad_side='right', eta=0.0,
-               grid=''):
+               time_grid=''):
         """Fill holes. A template is a list of id lists (given) and ints (holes of that many tokens), e.g.
         [prefix, 16, suffix]. Returns (lists of ids), nfe: nfe counts forwards of the batch.
 

@@ -311,7 +311,7 @@ if __name__ == '__main__':
     tau = 0.9               # confidence that commit=threshold asks for
     block_len = 0           # write blocks of so many tokens from left to right, 0 = everything at once
     eta = 0.0               # ldlm: 0 = DDIM, 1 = ancestral, between: some fresh noise per step
-    grid = 'uniform'        # ldlm: steps uniform in t, or 'adaptive': of equal loss
+    time_grid = 'uniform'   # ldlm: steps uniform in t, or 'adaptive': of equal loss
     seed = 0                # same seed, same samples
     # what to see and keep
     show = False            # watch in the terminal: masks grey, new tokens marked, unsure red, sure green
@@ -363,7 +363,7 @@ if __name__ == '__main__':
     if len(given) > (trained := obj.model.cfg.max_seq_len):
         print(f"note: {len(given)} tokens, but the model was trained on {trained}: expect worse text beyond")
     settings = dict(n_steps=n_steps, temperature=temperature, top_k=top_k, top_p=top_p, commit=commit,
-                    score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, grid=grid, seed=seed)
+                    score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, time_grid=time_grid, seed=seed)
     watch = Watch(tok, obj.mask_id, given, n, show, keep=bool(html or history), delay=delay)
     started, finished = time.time(), False
     try:
@@ -408,7 +408,7 @@ if __name__ == '__main__':
         print(f"appended {n} line(s) to {out}")
     if html:
         used = {k: v for k, v in settings.items() if k in dict(
-            ar=('temperature', 'top_k', 'top_p', 'seed'), ldlm=('n_steps', 'eta', 'grid', 'seed')).get(obj.name, settings)}
+            ar=('temperature', 'top_k', 'top_p', 'seed'), ldlm=('n_steps', 'eta', 'time_grid', 'seed')).get(obj.name, settings)}
         facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')
         print(f"wrote {html}: open it in a browser")

@@ -113,7 +113,7 @@ sample_temperature = 0.8
 sample_commit = 'ancestral'         # schedule, ancestral, threshold
 sample_score = 'random'             # confidence, margin, entropy, random
 sample_eta = 0.0                    # ldlm: 0 = DDIM, 1 = ancestral
-sample_grid = 'uniform'             # ldlm: steps uniform in t or 'adaptive'
+sample_time_grid = 'uniform'        # ldlm: steps uniform in t or 'adaptive'
 tasks = ''                          # problems of eval.py to solve as well: humaneval,infill_single, ...
 tasks_every = 1                     # at every so many evaluations; with the sample_ settings
 tasks_limit = 0                     # the first so many problems of each; 0 = all
@@ -371,7 +371,7 @@ def validation_bytes(n_rows):
 def solve(step):
     """Problems of eval.py: all ranks generate, rank 0 executes and records. Samples stay in out_dir."""
     sampler = dict(n_steps=sample_steps, temperature=sample_temperature, commit=sample_commit, score=sample_score,
-                   eta=sample_eta, grid=sample_grid)
+                   eta=sample_eta, time_grid=sample_time_grid)
     for task in tasks.split(','):
         got = evaluation.benchmark(task, obj, tok, out / f'{task}-{step:06d}.jsonl', sampler=sampler, limit=tasks_limit,
                                    max_new_tokens=sample_tokens or 128, execute_code=execute_code, device=device)
@@ -403,7 +403,7 @@ def evaluate(step, n_rows, name='val'):
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
                                 score=sample_score, temperature=sample_temperature, commit=sample_commit,
-                                eta=sample_eta, grid=sample_grid)
+                                eta=sample_eta, time_grid=sample_time_grid)
             say('    ' + tok.decode(ids[0]).replace('\n', '\n    '))
     obj.train()
     evaluated = step
