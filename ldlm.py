@@ -157,7 +157,8 @@ class Encoder:
     def _open(self):
         if self.path.startswith('random:'):
             try: self.width, self.vocab_size = map(int, self.path.split(':')[1:])
-            except ValueError: raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
+            except ValueError:
+                raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
             self.causal = True
             return RandomFeatures(self.width, self.vocab_size)
         kind = 'llama' if gguf_path(self.path) else json.loads(
@@ -236,6 +237,7 @@ class LatentConfig:
     perceiver_layers: int = 6     # of encoder and decoder, each
     decoder_layers: int = 3       # of the token decoder
     perceiver_block: str = 'joint'      # attention over [latents; inputs] (14 d^2) or 'split': self, then cross (16 d^2)
+    perceiver_skip: bool = True   # queries start with the input at their place: no alignment to find first [S]
     dit_adaln: bool = True        # False: plain blocks, the time is added to the latents (12 d^2 instead of 18 d^2)
     norm_eps: float = 1e-6
 
@@ -398,12 +400,17 @@ class LatentModel(nn.Module):
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
+    def _start(self, queries, inputs):
+        """Learned queries (N, d), and with the skip the mean of the inputs (B, M, d) that lie at each query's place."""
+        x = self._cast(queries.expand(len(inputs), -1, -1))
+        if not self.cfg.perceiver_skip: return x
+        return x + F.adaptive_avg_pool1d(inputs.transpose(1, 2), len(queries)).transpose(1, 2)
+
     def encode(self, h):
         """Normalised features (B, L, F) -> latents (B, n_latents, latent_dim), each of RMS 1, before the statistics."""
         B = len(h)
         inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
-        x = self._cast(self.encoder_queries.expand(B, -1, -1))
-        x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
+        x = self._run(self.encoder, self._start(self.encoder_queries, inputs), self._rot('latents', B), inputs, self._rot('tokens', B))
         return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z):
@@ -424,8 +431,7 @@ class LatentModel(nn.Module):
         """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
         B = len(z)
         inputs = self._cast(self.decoder_in(z) + self.decoder_pos)
-        x = self._cast(self.decoder_queries.expand(B, -1, -1))
-        x = self._run(self.decoder, x, self._rot('tokens', B), inputs, self._rot('latents', B))
+        x = self._run(self.decoder, self._start(self.decoder_queries, inputs), self._rot('tokens', B), inputs, self._rot('latents', B))
         return self.decoder_out(x).float()
 
     def token_states(self, h):

@@ -60,6 +60,7 @@ prefix_len = 0                      # tokens of context to continue from; 0 = wr
 perceiver_layers = 6
 decoder_layers = 3                  # of the token decoder
 perceiver_block = 'joint'           # joint (the paper's size) or split (the README's)
+perceiver_skip = True               # queries start with the input at their place; False: as in the paper
 dit_adaln = True                    # False: plain blocks (the README's size)
 sigma_dec = 3.0                     # noise on the decoder's input
 tangent_d = 3.0                     # of the noise schedule

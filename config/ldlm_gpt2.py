@@ -17,6 +17,7 @@ n_layer = 12
 perceiver_layers = 6
 decoder_layers = 3
 perceiver_block = 'joint'
+perceiver_skip = False
 dit_adaln = True
 sigma_dec = 3.0
 tangent_d = 3.0

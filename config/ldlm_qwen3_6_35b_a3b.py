@@ -20,6 +20,7 @@ n_layer = 4
 perceiver_layers = 4
 decoder_layers = 2
 perceiver_block = 'split'
+perceiver_skip = False
 dit_adaln = False
 sigma_dec = 3.0
 tangent_d = 3.0
