@@ -59,8 +59,8 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, weighting
     tokenizer = load_tokenizer(str(where))
     if 'ldlm' in (objective, dlm.get('objective')):
         if dlm.get('objective') != (objective or 'ldlm'):
-            raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is trained "
-                             "on the features of a model, --objective=ldlm --encoder=...")
+            raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is "
+                             "trained on the features of a model, --objective=ldlm --encoder=...")
         return LDLM.from_pretrained(where, encoder_device).eval(), tokenizer
     model = Transformer.from_pretrained(str(where), dtype=dtype)
     if tokenizer.vocab_size > model.cfg.vocab_size:
@@ -95,7 +95,7 @@ def find(out_dir, *kinds: str) -> Path | None:
 
 class EMA:
     """The exponential moving average of the trained weights: what is validated, sampled and exported. `others` holds
-    whichever of average and weights is not in the model. decay=0: there is none. It is shorter at first, (1+n)/(10+n)."""
+    whichever of average and weights is not in the model. decay=0: there is none. At first it is (1 + n) / (10 + n)."""
 
     def __init__(self, objective, decay: float):
         self.params = [p for p in objective.parameters() if p.requires_grad] if decay else []

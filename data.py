@@ -599,16 +599,17 @@ def batch_from_documents(docs: list[list[int]], seq_len: int | None = None, pad_
     return _new_batch(ids, doc, pos, is_target, np.arange(B), is_target.sum(), step)
 
 
-def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False, alone: bool = False) -> tuple[np.ndarray, ...]:
+def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False,
+            alone: bool = False) -> tuple[np.ndarray, ...]:
     """Put documents of `lengths` (>= 2 tokens) one after the other into rows, see the module docstring.
 
-    keep_whole: a document that fits in a row starts a new one rather than being cut. alone: every one starts a new one.
+    keep_whole: a document that fits in a row starts a new one rather than being cut. alone: every one starts one.
     -> of each chunk, int64: doc; offset of its first token in it; length; slot = row * seq_len + column
     """
     T, at, first_slot = seq_len, 0, np.empty(len(lengths), np.int64)
     for d, n in enumerate((lengths - 1).tolist()):         # n targets; m targets in a chunk take m + 1 slots
         room = T - at % T
-        if room == 1 or (keep_whole and room <= n < T) or (alone and room < T):    # a chunk of one token would have no target
+        if room == 1 or (keep_whole and room <= n < T) or (alone and room < T):    # one token has no target
             at, room = at + room, T
         first_slot[d] = at
         if n < room:

@@ -57,8 +57,8 @@ class AdaptiveTimesteps(nn.Module):
     """t = F^-1(xi) with F(t) = (L(t) - L(0)) / (L(1) - L(0)): the loss becomes linear in xi (Eq. 5) [R].
 
     The design is ours [S]: decayed sums and counts of the loss per bin of t (the ratio has no start-up bias), made
-    monotone (isotonic fit); F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin can starve.
-    Until every bin was seen, t = xi. `memory`: how many samples the averages look back, whatever the batch size."""
+    monotone (isotonic fit); F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin
+    can starve. Until every bin was seen, t = xi. `memory`: how many samples the averages look back on."""
 
     def __init__(self, n_bins=64, memory=2048, uniform=0.1, every=20):
         super().__init__()
@@ -174,7 +174,7 @@ class Encoder:
         c, n = model.config, model.config.num_hidden_layers
         owner, name = next(((m, name) for m in model.modules() for name, child in m.named_children()
                             if isinstance(child, nn.ModuleList) and len(child) == n), (None, ''))
-        if owner is None: raise SystemExit(f"{self.path}: cannot find the list of {n} blocks in {type(model).__name__}")
+        if owner is None: raise SystemExit(f"{self.path}: cannot find the {n} blocks in {type(model).__name__}")
         setattr(owner, name, getattr(owner, name)[:self._upto(n)])
         model.config.num_hidden_layers = self._upto(n)
         self.width, self.vocab_size, self.causal = c.hidden_size, c.vocab_size, True
@@ -223,11 +223,12 @@ class RandomFeatures(nn.Module):
 @dataclass
 class LatentConfig:
     """[R] paper: n_embd 768, 12 DiT layers, 6 Perceiver layers of kind 'joint', 3 layers of token decoder, adaLN.
-    [R] README: n_embd 2048 or 5120, 4 DiT layers without adaLN, 4 Perceiver layers of kind 'split', 2 of token decoder."""
+    [R] README: n_embd 2048 or 5120, 4 DiT layers without adaLN, 4 Perceiver layers of kind 'split', 2 of token decoder.
+    n_ff is 8/3 n_embd there, rounded."""
     vocab_size: int               # the encoder's
     feature_dim: int              # its width
     max_seq_len: int              # tokens of a row: 1 separator, at most prefix_len of prefix, the chunk
-    prefix_len: int = 0           # tokens of context that the denoiser can look back to; 0 = it only writes from nothing
+    prefix_len: int = 0           # tokens of context that the denoiser looks back to; 0 = it writes from nothing only
     n_latents: int = 0            # 0 = one per token of the chunk
     latent_dim: int = 0           # smaller than n_embd: a bottleneck; 0 = n_embd
     n_embd: int = 768
@@ -236,7 +237,7 @@ class LatentConfig:
     n_layer: int = 12             # of the denoiser
     perceiver_layers: int = 6     # of encoder and decoder, each
     decoder_layers: int = 3       # of the token decoder
-    perceiver_block: str = 'joint'      # attention over [latents; inputs] (14 d^2) or 'split': self, then cross (16 d^2)
+    perceiver_block: str = 'joint'      # attention over [latents; inputs] (14 d^2); 'split': self, then cross (16 d^2)
     perceiver_skip: bool = True   # queries start with the input at their place: no alignment to find first [S]
     dit_adaln: bool = True        # False: plain blocks, the time is added to the latents (12 d^2 instead of 18 d^2)
     norm_eps: float = 1e-6
@@ -245,7 +246,8 @@ class LatentConfig:
         self.chunk_len = self.max_seq_len - 1 - self.prefix_len
         self.n_latents, self.latent_dim = self.n_latents or self.chunk_len, self.latent_dim or self.n_embd
         for wrong, why in (
-                (self.chunk_len < 1, f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
+                (self.chunk_len < 1,
+                 f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
                 (self.perceiver_block not in ('joint', 'split'),
                  f"perceiver_block must be joint or split, got {self.perceiver_block!r}"),
                 (self.n_embd % self.n_head or self.n_embd // self.n_head % 2,
@@ -342,14 +344,14 @@ class LatentModel(nn.Module):
             self.dit_self_cond = nn.Parameter(torch.empty(dl))
         self.dit_context = nn.Linear(cfg.feature_dim, d, bias=False) if cfg.prefix_len else None
         self.dit, self.dit_out = blocks(cfg.n_layer, DiTBlock), nn.Linear(d, dl)
-        self.register_buffer('feature_stats', torch.tensor([[0.], [1.]]).repeat(1, cfg.feature_dim))     # mean, std
-        self.register_buffer('latent_sums', torch.zeros(3, cfg.n_latents, dl))      # decayed sums of z, z^2, and counts
+        self.register_buffer('feature_stats', torch.tensor([[0.], [1.]]).repeat(1, cfg.feature_dim))    # mean, std
+        self.register_buffer('latent_sums', torch.zeros(3, cfg.n_latents, dl))          # decayed sums of z, z^2, counts
         self.timesteps = AdaptiveTimesteps()
         if self.head.weight.device.type != 'meta': self.init_weights()
 
     def init_weights(self):
-        """Matrices N(0, 1 / inputs), into a residual stream smaller (GPT-2), adaLN and the denoiser's output zero; queries,
-        positions and the head 0.02, so that latents differ by what they see, not by where they are [S]."""
+        """Matrices N(0, 1 / inputs), into a residual stream smaller (GPT-2), adaLN and the denoiser's output zero;
+        queries, positions and the head 0.02, so that latents differ by what they see, not by where they are [S]."""
         zero = ('adaln.weight', 'dit_mod.weight', 'dit_out.weight', 'dit_self_cond', 'bias')
         for name, p in self.named_parameters():
             if name.endswith(zero): nn.init.zeros_(p)
@@ -407,19 +409,20 @@ class LatentModel(nn.Module):
         return x + F.adaptive_avg_pool1d(inputs.transpose(1, 2), len(queries)).transpose(1, 2)
 
     def encode(self, h):
-        """Normalised features (B, L, F) -> latents (B, n_latents, latent_dim), each of RMS 1, before the statistics."""
+        """Normalised features (B, L, F) -> latents (B, n_latents, latent_dim), each of RMS 1, without statistics."""
         B = len(h)
         inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
-        x = self._run(self.encoder, self._start(self.encoder_queries, inputs), self._rot('latents', B), inputs, self._rot('tokens', B))
+        x = self._start(self.encoder_queries, inputs)
+        x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
         return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z):
-        """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension. The
-        values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
+        """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension.
+        The values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
         Were they constants to it, the denoiser would be paid for shrinking z towards a constant as fast as they follow;
-        and with one mean for all latents, for constants of each latent: both happened, see LOG.md."""
+        with one mean for all latents, for a constant of each latent. Both happened: see LOG.md."""
         s, square, n = self.latent_sums                                                 # (K, latent_dim) each
-        mean, square = torch.where(n > 0, s / n.clamp(min=1e-8), 0.0), torch.where(n > 0, square / n.clamp(min=1e-8), 1.0)
+        mean, square = (torch.where(n > 0, x / n.clamp(min=1e-8), start) for x, start in ((s, 0.0), (square, 1.0)))
         rstd = (square - mean * mean).mean(0).clamp(min=1e-6).rsqrt()
         if not torch.is_grad_enabled(): return (z - mean) * rstd
         batch_mean = z.mean(0) if len(z) > 1 else mean
@@ -431,7 +434,8 @@ class LatentModel(nn.Module):
         """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
         B = len(z)
         inputs = self._cast(self.decoder_in(z) + self.decoder_pos)
-        x = self._run(self.decoder, self._start(self.decoder_queries, inputs), self._rot('tokens', B), inputs, self._rot('latents', B))
+        x = self._start(self.decoder_queries, inputs)
+        x = self._run(self.decoder, x, self._rot('tokens', B), inputs, self._rot('latents', B))
         return self.decoder_out(x).float()
 
     def token_states(self, h):
@@ -450,8 +454,8 @@ class LatentModel(nn.Module):
         return [block.adaln(c).chunk(6, 1) for block in self.dit], self.dit_mod(c).chunk(2, 1)
 
     def denoise(self, zt, mods, z_sc, context=None, seen=None):
-        """z_hat (B, n_latents, latent_dim) in fp32. context (B, P, F): the prefix's features, right-aligned; seen (B, P)
-        bool: which of its positions exist."""
+        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t). context (B, P, F): the prefix's features,
+        right-aligned; seen (B, P) bool: which of its positions exist."""
         (per_block, last), B, args = mods, len(zt), ()
         if self.cfg.dit_adaln: x = self.dit_in(torch.cat([zt, z_sc], -1))
         else: x = self._cast(self.dit_in(zt + self.dit_self_cond * z_sc) + last[:, None])
@@ -479,7 +483,7 @@ class LatentModel(nn.Module):
 
 class LDLM(Objective):
     """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
-    much where latents are few or narrow: a latent holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits.
+    much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
     encoder_warmup: steps until the denoiser's whole gradient reaches the encoder. adaptive: AdaptiveTimesteps, else t
     is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
@@ -491,8 +495,8 @@ class LDLM(Objective):
         if model.cfg.prefix_len and not encoder.path.startswith('random:') and not getattr(encoder, 'causal', True):
             raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
         self.encoder = encoder
-        self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup, adaptive=adaptive,
-                             self_cond=self_cond)
+        self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
+                             adaptive=adaptive, self_cond=self_cond)
 
     @property
     def dlm(self):
@@ -517,8 +521,8 @@ class LDLM(Objective):
     # -- training
     @torch.no_grad()
     def start(self, batches):
-        """Once, before the first step: mean and standard deviation of each feature. Position 0, the attention sink, is
-        not modelled and left out [S]: with one mean and deviation for all, a few outliers own the MSE."""
+        """Once, before the first step: mean and standard deviation of each feature. Position 0, the attention sink,
+        is not modelled and left out [S]: with one mean and deviation for all, a few outliers own the MSE."""
         sums = 0
         for batch in batches:
             h = self.encoder.features(batch.ids)[:, 1:].flatten(0, 1).double()
@@ -527,21 +531,20 @@ class LDLM(Objective):
         self.model.feature_stats.copy_(torch.stack([mean, (sums[1] / sums[2] - mean ** 2).clamp(min=1e-8).sqrt()]))
 
     def prepare(self, batch, seed):
-        """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, and where the prefix
-        ends: nowhere in a quarter of the rows, else uniform, but before the end of the text."""
-        B, T = batch.ids.shape
-        row_ids, ids = batch.row_ids.cpu(), batch.ids.cpu()
+        """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, and how long the
+        prefix is: nothing in a quarter of the rows, else uniform, but it ends before the text does."""
+        T, row_ids, ids = batch.ids.shape[1], batch.row_ids.cpu(), batch.ids.cpu()
         rngs = [np.random.default_rng((seed, batch.step, int(r))) for r in row_ids]
         xi = (np.random.default_rng((seed, batch.step)).random() + GOLDEN * row_ids.double()) % 1
-        last = self._is_text(ids[:, 1:]).sum(1).sub(1).clamp(0, self.model.cfg.prefix_len)
-        start = [0 if (u := rng.random()) < 0.25 else int((u - 0.25) / 0.75 * (n + 1)) for rng, n in zip(rngs, last.tolist())]
+        longest = self._is_text(ids[:, 1:]).sum(1).sub(1).clamp(0, self.model.cfg.prefix_len).tolist()
+        start = [int(max(rng.random() - 0.25, 0) / 0.75 * (n + 1)) for rng, n in zip(rngs, longest)]
         noise = dict(xi=xi.float(), seed=torch.tensor([int(rng.integers(2 ** 62)) for rng in rngs]),
                      start=torch.tensor(start), weight=batch.is_target.cpu().any(1) * (T - 1) / batch.n_targets,
                      guess=(row_ids % 2 * self.settings['self_cond']).nonzero().squeeze(1))
         return replace(batch, noise={k: x.to(batch.ids.device) for k, x in noise.items()})
 
     def _is_text(self, ids):
-        """(B, L) bool: up to the first EOS of the fill, itself included."""
+        """(B, L) bool: all but the fill, that is EOS after EOS."""
         eos = ids == (-1 if self.eos_id is None else self.eos_id)
         return ~(eos & F.pad(eos, (1, 0))[:, :-1])
 
@@ -550,7 +553,7 @@ class LDLM(Objective):
         return ((self.encoder.features(ids) - mean) / std).clamp(-10, 10)
 
     def _window(self, batch):
-        """The chunk after the prefix: ids (B, L), features (B, L, F); the prefix's features and which of them exist."""
+        """The chunk after the prefix: ids (B, L), features (B, L, F); and for `denoise` the prefix's features."""
         c, h = self.model.cfg, self._features(batch.ids)
         take = lambda at: h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))
         first = 1 + batch.noise['start'][:, None]                                       # (B, 1)
@@ -571,7 +574,7 @@ class LDLM(Objective):
         return m.denoise(zt, mods, z_sc, **prefix)
 
     def forward(self, batch):
-        """L_diff + L_h + L_w, each a mean over positions and dimensions, averaged over the rows of the global batch."""
+        """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
         m, s, noise = self.model, self.settings, batch.noise
         ids, h, prefix = self._window(batch)
         raw = m.encode(h)
@@ -589,9 +592,9 @@ class LDLM(Objective):
         row = w.count_nonzero()
         total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
+        sums = torch.stack([used.sum(0), used.square().sum(0), row.to(used).expand(used.shape[1:])])
         return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
-                          _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)),
-                          _latents=torch.stack([used.sum(0), used.square().sum(0), row.to(used).expand(used.shape[1:])]))
+                          _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
 
     def after_step(self, stats):
         m = self.model
@@ -600,15 +603,15 @@ class LDLM(Objective):
 
     # -- measuring
     def row_nll(self, batch, k=1, seed=0):
-        raise NotImplementedError("LDLM has no likelihood: tokens are decoded from latents by argmax, and the denoiser "
-                                  "bounds the likelihood of latents whose density moves with the encoder")
+        raise NotImplementedError("LDLM has no likelihood: tokens are decoded from latents by argmax, and what the "
+                                  "denoiser bounds is the density of latents that the encoder is free to rescale")
 
     def nelbo(self, batch, k=1, seed=0): self.row_nll(batch, k, seed)
 
     @torch.no_grad()
     def validate(self, batches, seed, k=1):
         """Denoising loss at uniform t (with self-conditioning); MSE of the features and share of tokens decoded right
-        from clean latents; the latter from z_hat(t). score = denoising loss + 1 - accuracy [S]: what 'best' minimises."""
+        from clean latents; the latter from z_hat(t). score = denoising loss + 1 - accuracy [S]: 'best' minimises it."""
         m = self.model
         sums = torch.zeros(6, dtype=torch.float64, device=m.head.weight.device)
         for batch in batches:
@@ -624,8 +627,9 @@ class LDLM(Objective):
             sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
         if dist.is_initialized(): dist.all_reduce(sums)
         diff, feat, right, right_t, n_tokens, n_rows = sums.tolist()
-        out = dict(denoise=diff / n_rows, features=feat / n_rows, accuracy=right / n_tokens, accuracy_t=right_t / n_tokens)
-        return dict(score=out['denoise'] + 1 - out['accuracy']) | out | dict(n_tokens=int(n_tokens), n_rows=int(n_rows))
+        return dict(score=diff / n_rows + 1 - right / n_tokens, denoise=diff / n_rows, features=feat / n_rows,
+                    accuracy=right / n_tokens, accuracy_t=right_t / n_tokens, n_tokens=int(n_tokens),
+                    n_rows=int(n_rows))
 
     def _tokens(self, h):
         """Features (B, L, F) -> argmax tokens (B, L) and their probability; a few rows of logits at a time."""
@@ -639,12 +643,12 @@ class LDLM(Objective):
     # -- sampling
     def grid(self, n_steps, time_grid='uniform', eta=0.0):
         """-> times (n_steps,) and, per step, the (n_steps, 3) factors of zt, z_hat and fresh noise in
-        z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v = the variance of q(z_s | zt, z0).
+        z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v the variance of q(z_s | zt, z0).
         eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
         if time_grid not in ('uniform', 'adaptive'):
             raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
         t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
-        if time_grid == 'adaptive': t = torch.cat([t[:1], self.model.timesteps.quantile(t[1:-1].float()).double().cpu(), t[-1:]])
+        if time_grid == 'adaptive': t[1:-1] = self.model.timesteps.quantile(t[1:-1]).double().cpu()
         alpha, sigma = tangent_alpha_sigma(t, self.settings['tangent_d'])
         (a_t, a_s), (s_t, s_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
         v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
@@ -671,7 +675,8 @@ class LDLM(Objective):
         P, device = self.model.cfg.prefix_len, self.model.head.weight.device
         if not P: return {}
         rows = [[self.separator] * (self.separator is not None) + text for text in texts]
-        ids = torch.tensor([row + [self.eos_id or 0] * (max(map(len, rows)) - len(row)) for row in rows], device=device)
+        T = max(map(len, rows))
+        ids = torch.tensor([row + [self.eos_id or 0] * (T - len(row)) for row in rows], device=device)
         at = torch.tensor([len(row) for row in rows], device=device)[:, None] + torch.arange(-P, 0, device=device)
         seen, F_ = at > 0, self.model.cfg.feature_dim                   # position 0 is the separator: not shown
         if not seen.any(): return dict(context=torch.zeros(len(rows), P, F_, device=device), seen=seen)
@@ -681,17 +686,20 @@ class LDLM(Objective):
     def sample(self, prompts, max_new_tokens=128, n_steps=64, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',
                remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='uniform'):
         """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. A chunk at a time: n_steps
-        denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without one
-        it ends with the first. temperature to block_len are for other objectives."""
+        denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without
+        one it ends with the first. temperature to block_len are for other objectives."""
         L, P, device = self.model.cfg.chunk_len, self.model.cfg.prefix_len, self.model.head.weight.device
-        if any(prompts) and not P: raise SystemExit("this model was trained without a prefix (prefix_len=0): no prompts")
+        if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
         if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
         for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):
             if all(done): break
             seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
-            see = (lambda z: history.append(self._show(prompts, texts, z, max_new_tokens))) if history is not None else None
-            z = self.sample_latents(torch.tensor(seeds, device=device), n_steps, eta, time_grid, self._prefix(texts), see)
+            see = None
+            if history is not None:
+                def see(z_hat): history.append(self._show(prompts, texts, z_hat, max_new_tokens))
+            seeds = torch.tensor(seeds, device=device)
+            z = self.sample_latents(seeds, n_steps, eta, time_grid, self._prefix(texts), see)
             nfe += n_steps
             for i, new in enumerate(self._tokens(self.model.decode(z))[0].tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end

@@ -414,11 +414,12 @@ class Objective(nn.Module):
     """Subclasses define prepare(batch, seed), forward(batch) -> loss, stats, row_nll(batch, k, seed) and sample().
 
     Every stat is a tensor (2, ...): numerator and denominator, summed over micro-steps and ranks before the ratio
-    is logged (names with a leading _ have any shape and are only for after_step). mask_id: excluded from every softmax (None: the vocabulary has none); separator: the id put before
+    is logged (names with a leading _ have any shape and are for after_step only). mask_id: excluded from every
+    softmax (None: the vocabulary has none); separator: the id put before
     every document (None for foreign checkpoints); eos_id ends a sequence."""
     name = estimator = ''                                       # estimator: what kind of number row_nll's is
     shift = True                                                # row i - 1 of the hidden states predicts token i
-    judge = 'nats_per_token'                                    # the number of validate() that the best checkpoint minimises
+    judge = 'nats_per_token'                                    # which number of validate() 'best' minimises
     one_chunk_per_row = False                                   # data.Corpus(alone=...): no packing of documents
 
     def __init__(self, model: Transformer, mask_id=None, separator=None, eos_id=None):

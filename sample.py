@@ -348,7 +348,8 @@ if __name__ == '__main__':
                                mask_id if mask_id >= 0 else None)
     diffusion = hasattr(obj, 'infill')
     if filling and not diffusion:
-        raise SystemExit(f"{out_dir} is {dict(ar='autoregressive').get(obj.name, obj.name)}: it writes, but fills no holes. "
+        kind = 'autoregressive' if obj.name == 'ar' else 'latent diffusion'
+        raise SystemExit(f"{out_dir} is {kind} ({obj.name}): it can continue a prompt, not fill holes. "
                          "Take an mdm checkpoint; a foreign one is opened as such by --objective=mdm")
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: obj.to(device)
@@ -407,8 +408,8 @@ if __name__ == '__main__':
             for record in records: f.write(json.dumps(record, ensure_ascii=False) + '\n')
         print(f"appended {n} line(s) to {out}")
     if html:
-        used = {k: v for k, v in settings.items() if k in dict(
-            ar=('temperature', 'top_k', 'top_p', 'seed'), ldlm=('n_steps', 'eta', 'time_grid', 'seed')).get(obj.name, settings)}
+        shown = dict(ar='temperature top_k top_p seed', ldlm='n_steps eta time_grid seed').get(obj.name)
+        used = {k: v for k, v in settings.items() if k in (shown.split() if shown else settings)}
         facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')
         print(f"wrote {html}: open it in a browser")

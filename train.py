@@ -53,7 +53,7 @@ encoder = ''                        # the frozen language model: out_dir, direct
                                     # random:<width>:<vocabulary>
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
-encoder_warmup = 0                  # steps until the denoiser's whole gradient reaches the latent encoder; 0 = at once
+encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = at once
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
 prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
@@ -239,19 +239,21 @@ data.prepare(dataset, data_dir, subset=subset, key=key, max_docs=max_docs, **set
 if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
 
 # ---- model -------------------------------------------------------------------------------------------------
-opened = functools.partial(checkpoint.load_checkpoint, weighting=weighting, t_min=t_min, encoder_device=encoder_device)
+opened = functools.partial(checkpoint.load_checkpoint, weighting=weighting, t_min=t_min,
+                           encoder_device=encoder_device)
 if resume_from: obj, tok = opened(str(resume_from))
 elif not fresh:
     obj, tok = opened(init_from, objective)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
 elif objective == 'ldlm':
-    if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>, see config/ldlm_quickstart.py")
+    if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
     frozen = Encoder(encoder, encoder_layer, encoder_device).load()
     cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
                           and f.name != 'vocab_size'})
-    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup, adaptive, self_cond)
+    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup, adaptive,
+               self_cond)
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
     cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head,

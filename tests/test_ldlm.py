@@ -1,5 +1,5 @@
 """Latent diffusion against exact answers: the schedules, what each gradient reaches, timesteps that make a known loss
-linear, a sampler that recovers a known Gaussian, sizes of the published tables, and a tiny model that learns its text."""
+linear, a sampler that recovers a known Gaussian, sizes of the published tables, a tiny model that learns its text."""
 import json
 import math
 from dataclasses import replace
@@ -11,8 +11,16 @@ import torch
 import checkpoint
 from ar import AR
 from data import Corpus, batch_from_documents, lay_out, prepare
-from ldlm import (LDLM, AdaptiveTimesteps, Encoder, LatentConfig, LatentModel, encoder_grad_scale, row_noise,
-                  tangent_alpha_sigma)
+from ldlm import (
+    LDLM,
+    AdaptiveTimesteps,
+    Encoder,
+    LatentConfig,
+    LatentModel,
+    encoder_grad_scale,
+    row_noise,
+    tangent_alpha_sigma,
+)
 from model import ModelConfig, Transformer
 from tokenizer import byte_tokenizer
 
@@ -46,8 +54,8 @@ def part(batch, lo, hi):
 def test_tangent_schedule():
     t = torch.tensor([0.1, 0.2, 0.5, 0.9, 0.0, 1.0], dtype=torch.float64)
     alpha, sigma = tangent_alpha_sigma(t)
-    torch.testing.assert_close(alpha ** 2, torch.tensor([.816, .513, .100, .0028, 1, 0], dtype=torch.float64), atol=5e-4,
-                               rtol=0)
+    want = torch.tensor([.816, .513, .100, .0028, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(alpha ** 2, want, atol=5e-4, rtol=0)
     torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones_like(t))
     logsnr = (alpha ** 2 / sigma ** 2).log()[:4]
     torch.testing.assert_close(logsnr, -2 * (3 * (math.pi * t[:4] / 2).tan()).log())
@@ -78,7 +86,8 @@ def test_warm_up_scales_the_encoders_gradient_and_nothing_else():
         if name.startswith('dit') or name.startswith(('decoder', 'token', 'head')):
             torch.testing.assert_close(a[name], c[name])
         else:
-            torch.testing.assert_close((b[name] - a[name]) * (g2 - g0), (c[name] - a[name]) * (g1 - g0), atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close((b[name] - a[name]) * (g2 - g0), (c[name] - a[name]) * (g1 - g0),
+                                       atol=1e-6, rtol=1e-3)
             assert (c[name] - a[name]).norm() > 1e-3 * c[name].norm(), name
 
 
@@ -160,7 +169,7 @@ def synthetic(t, d=3.0):
 
 def train_timesteps(steps, batch, noise=0.1):
     ts, g = AdaptiveTimesteps(), torch.Generator().manual_seed(0)
-    for step in range(steps):
+    for _ in range(steps):
         t = ts.sample(batch, float(torch.rand((), generator=g)))
         ts.update(t, synthetic(t) * (1 + noise * torch.randn(batch, generator=g)))
     return ts
@@ -246,7 +255,8 @@ def test_a_step_of_the_grid_is_the_exact_posterior():
 def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
     o = tiny()
     many, nfe = o.sample([[]] * 3, 12, n_steps=4, seed=5)
-    assert nfe == 4 and many == o.sample([[]] * 3, 12, n_steps=4, seed=5)[0] != o.sample([[]] * 3, 12, n_steps=4, seed=6)[0]
+    again, other = (o.sample([[]] * 3, 12, n_steps=4, seed=s)[0] for s in (5, 6))
+    assert nfe == 4 and many == again != other
     assert o.sample([[]], 12, n_steps=4, seed=5)[0] == many[:1]                 # whatever the neighbours
     assert all(len(r) <= 12 and 0 not in r for r in many) and len(o.sample([[]], 5, n_steps=2)[0][0]) <= 5
     assert o.sample([[]], 0) == ([[]], 0)
@@ -373,7 +383,8 @@ def test_feature_statistics_are_per_dimension_and_skip_the_sink():
     raw = o.encoder.features(batch.ids)
     o.start([part(batch, 0, 32), part(batch, 32, 64)])
     h = raw[:, 1:].flatten(0, 1)
-    torch.testing.assert_close(o.model.feature_stats, torch.stack([h.mean(0), h.std(0, correction=0)]), atol=1e-4, rtol=1e-3)
+    want = torch.stack([h.mean(0), h.std(0, correction=0)])
+    torch.testing.assert_close(o.model.feature_stats, want, atol=1e-4, rtol=1e-3)
 
 
 def test_one_chunk_per_row_filled_with_eos(tmp_path):
@@ -439,8 +450,8 @@ def train_on(docs, T, steps, n_rows=32, lr=4e-3, settings=None, **kw):
     """An LDLM on random draws of `docs`, EOS-filled, with Adam and an EMA."""
     torch.manual_seed(0)
     encoder = Encoder('random:32:64').load()
-    model = LatentModel(LatentConfig(vocab_size=64, feature_dim=32, max_seq_len=T, n_embd=64, n_head=2, n_ff=128, n_layer=2,
-                                     perceiver_layers=1, decoder_layers=1, **kw))
+    size = dict(n_embd=64, n_head=2, n_ff=128, n_layer=2, perceiver_layers=1, decoder_layers=1)
+    model = LatentModel(LatentConfig(vocab_size=64, feature_dim=32, max_seq_len=T, **size, **kw))
     o = LDLM(encoder, model, 0, 0, **dict(sigma_dec=2.0, encoder_warmup=100) | (settings or {}))
     opt = torch.optim.AdamW(o.param_groups(0.0), lr=lr, betas=(0.9, 0.98))
     ema = checkpoint.EMA(o, 0.97)
@@ -464,7 +475,7 @@ def test_overfits_eight_sentences_through_the_whole_sampler():
     space writes one or two)."""
     words = ['', *sorted({w for s in SENTENCES for w in s.split()})]
     docs = [[0, *map(words.index, s.split())] for s in SENTENCES]
-    o, batch = train_on(docs, 9, 600)
+    o, batch = train_on(docs, 9, 500, perceiver_skip=False)
     padded = [d[1:] + [0] * (9 - len(d)) for d in docs]
     val = o.validate([batch(0)], 0)
     assert val['accuracy'] > 0.99
@@ -476,16 +487,19 @@ def test_overfits_eight_sentences_through_the_whole_sampler():
 
 
 def test_the_true_prefix_helps():
-    """Counting up and down from any number: with its own prefix the next chunk is easier to denoise than with another
-    row's, and the sampler counts on."""
-    docs = [[0, *((a + s * i) % 40 + 1 for i in range(10))] for a in range(40) for s in (1, -1)]
-    o, batch = train_on(docs, 11, 150, prefix_len=4)
+    """Rows that repeat a word: with its own prefix the next chunk is easier to denoise than with another row's or with
+    none, and the sampler goes on with the word."""
+    docs = [[0] + [a] * 10 for a in range(1, 41)]
+    o, batch = train_on(docs, 11, 200, prefix_len=4)
     b = o.prepare(batch(9999), 0)
-    b = replace(b, noise=b.noise | dict(start=torch.full_like(b.noise['start'], 4), xi=torch.full_like(b.noise['xi'], 0.9)))
+    t = torch.full_like(b.noise['xi'], 0.9)
+    b = replace(b, noise=b.noise | dict(start=torch.full_like(b.noise['start'], 4)))
     with torch.no_grad():
         _, h, prefix = o._window(b)
         z0 = o.model.normalise(o.model.encode(h))
-        loss = lambda p: (o._denoise(z0, b.noise['xi'], b.noise['seed'], b.noise['guess'], p) - z0).square().mean().item()
+        loss = lambda p: (o._denoise(z0, t, b.noise['seed'], b.noise['guess'], p) - z0).square().mean().item()
         true, other = loss(prefix), loss(dict(prefix, context=prefix['context'].roll(1, 0)))
         none = loss(dict(prefix, seen=torch.zeros_like(prefix['seen'])))
-    assert true < 0.7 * other and true < 0.9 * none, (true, none, other)
+    assert true < 0.7 * other and true < 0.8 * none, (true, none, other)
+    out, _ = o.sample([[7] * 4, [23] * 4], 6, n_steps=16)
+    assert sum(a == b for row, b in zip(out, (7, 23)) for a in row[4:]) >= 8, out

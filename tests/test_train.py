@@ -201,7 +201,7 @@ def test_resume_is_exact(train, optimizer, monkeypatch):
     assert checkpoint.find('parts', 'best').name == checkpoint.find('whole', 'best').name
 
 
-LATENT = dict(objective='ldlm', encoder='random:16:320', prefix_len=8, perceiver_layers=1, decoder_layers=1, adaptive=True,
+LATENT = dict(objective='ldlm', encoder='random:16:320', prefix_len=8, perceiver_layers=1, decoder_layers=1,
               ema_decay=0.9, encoder_warmup=4)
 
 
