@@ -16,7 +16,7 @@ from model import Objective, scored_rows
 
 class AR(Objective):
     """The model is taken over: it becomes causal."""
-    name = 'ar'
+    name, estimator = 'ar', 'exact'
 
     def __init__(self, model, mask_id=None, separator=None, eos_id=None):
         super().__init__(model, mask_id, separator, eos_id)
@@ -47,9 +47,9 @@ class AR(Objective):
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens=128, n_steps=0, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',
-               remask='', tau=0.0, block_len=0, seed=0, history=None):
+               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid=''):
         """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. One token per forward, from
-        left to right, with a KV cache; the settings of diffusion samplers (n_steps to block_len) do nothing here.
+        left to right, with a KV cache; the settings of diffusion (n_steps to block_len, eta, time_grid) do nothing.
         `history`, if given, gets (ids (B, T), confidence (B, T)) after every token, on the CPU."""
         device = self.model.embed_tokens.weight.device
         given = [([] if self.separator is None else [self.separator]) + list(p) for p in prompts]

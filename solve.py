@@ -24,7 +24,7 @@ import benchmarks
 import sandbox
 
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-SAMPLER = 'n_steps temperature top_k top_p commit score remask tau block_len'.split()
+SAMPLER = 'n_steps temperature top_k top_p commit score remask tau block_len eta time_grid'.split()
 VERDICT = 'program passed status detail run_seconds'.split()
 
 

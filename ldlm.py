@@ -1,0 +1,719 @@
+"""Latent diffusion: denoise the features of a frozen language model in a latent space that is learned on the way.
+
+    h  = features of a chunk of text, from a frozen autoregressive model       z0 = encoder(h)
+    zt = alpha_t z0 + sigma_t eps        (t = 0 clean, t = 1 noise)            z_hat = denoiser(zt, t, z_sc)
+    L  = |z_hat - z0|^2  +  |decoder(z0 + sigma_dec eps') - h|^2  +  CE(token_decoder(sg[h_hat]))
+
+After LDLM (arXiv 2605.07933, "[P]") as read by the Open-dLLM README ("[R]"); "[S]" marks our own suggestions.
+Four components make joint training work [R]: the decoder is trained by MSE, and the token loss stops at its output;
+the denoiser's gradient reaches the encoder through a warm-up (and is not scaled anywhere else); timesteps are drawn
+so that the loss is linear in a uniform number; the decoder's input is noisy.
+
+A row of data is [separator | prefix | chunk], one chunk of a document per row, filled up with EOS, which is modelled.
+
+    python train.py config/ldlm_quickstart.py
+"""
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+import kernels as K
+from model import MLP, Objective, RMSNorm, Transformer, resolve
+from tokenizer import gguf_path
+
+GOLDEN = 0.618034
+
+
+# ---- schedules -----------------------------------------------------------------------------------------------
+
+
+def tangent_alpha_sigma(t, d=3.0):
+    """alpha_t^2 = 1 / (1 + d^2 tan^2(pi t / 2)) [R]: the logSNR is -2 ln(d tan(pi t / 2)). t: a tensor in [0, 1]."""
+    angle = t * (math.pi / 2)
+    cos, sin = angle.cos(), d * angle.sin()
+    norm = (cos * cos + sin * sin).sqrt()
+    return cos / norm, sin / norm
+
+
+def encoder_grad_scale(step, warmup_steps, k=10.0, c=0.8, g_min=1e-3):
+    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]."""
+    if step >= warmup_steps: return 1.0
+    S = lambda x: 1 / (1 + math.exp(-k * (x - c)))
+    return g_min + (1 - g_min) * (S(step / warmup_steps) - S(0)) / (S(1) - S(0))
+
+
+class AdaptiveTimesteps(nn.Module):
+    """t = F^-1(xi) with F(t) = (L(t) - L(0)) / (L(1) - L(0)): the loss becomes linear in xi (Eq. 5) [R].
+
+    The design is ours [S]: decayed sums and counts of the loss per bin of t (the ratio has no start-up bias), made
+    monotone (isotonic fit); F is linear between the edges, and a share `uniform` of the draws stays uniform, so no bin
+    can starve. Until every bin was seen, t = xi. `memory`: how many samples the averages look back on."""
+
+    def __init__(self, n_bins=64, memory=2048, uniform=0.1, every=20):
+        super().__init__()
+        self.n_bins, self.memory, self.uniform, self.every = n_bins, memory, uniform, every
+        self.register_buffer('bins', torch.zeros(2, n_bins))                    # decayed sums of the loss, counts
+        self.register_buffer('cdf', torch.linspace(0, 1, n_bins + 1))           # F at the edges
+        self.register_buffer('n_updates', torch.zeros((), dtype=torch.int64))
+
+    def quantile(self, xi):
+        """F^-1: xi (n,) in [0, 1] -> t (n,)."""
+        xi = xi.to(self.cdf)
+        at = torch.searchsorted(self.cdf, xi, right=True).clamp(1, self.n_bins)
+        lo, hi = self.cdf[at - 1], self.cdf[at]
+        return ((at - 1 + (xi - lo) / (hi - lo)) / self.n_bins).clamp(0, 1)
+
+    def sample(self, n, u=None):
+        """n stratified draws: xi_i = frac(u + i golden ratio); u: a number in [0, 1), drawn here if None."""
+        u = torch.rand(()).item() if u is None else u
+        return self.quantile(((u + GOLDEN * torch.arange(n, dtype=torch.float64)) % 1).to(self.cdf))
+
+    def bin(self, t, loss, weight=None):
+        """t and loss (n,) -> (2, n_bins), sums of the loss and counts: additive over micro-steps and ranks."""
+        weight = torch.ones_like(loss) if weight is None else weight
+        at = (t * self.n_bins).long().clamp(max=self.n_bins - 1)
+        return loss.new_zeros(2, self.n_bins).index_add_(1, at, torch.stack([loss * weight, weight]))
+
+    def update(self, t, loss): self.update_bins(self.bin(t, loss.float()))
+
+    def update_bins(self, new):
+        new = new.to(self.bins)
+        self.bins.mul_((-new[1].sum() / self.memory).exp()).add_(new)
+        self.n_updates += 1
+        if self.n_updates % self.every or not (self.bins[1] > 0.01).all(): return
+        mean = isotonic(*self.bins.double().cpu())                              # at the centres
+        inner, first, last = (mean[1:] + mean[:-1]) / 2, mean[1] - mean[0], mean[-1] - mean[-2]
+        edges = torch.cat([(mean[:1] - first / 2).clamp(min=0), inner, mean[-1:] + last / 2])
+        if not edges[-1] > edges[0]: return
+        F_ = (edges - edges[0]) / (edges[-1] - edges[0])
+        self.cdf.copy_((1 - self.uniform) * F_ + self.uniform * torch.linspace(0, 1, len(F_)))
+
+
+def isotonic(sums, counts):
+    """The non-decreasing fit to the means sums / counts, weighted by counts (pool adjacent violators)."""
+    pools = []                                                                  # sum, count, number of bins
+    for pool in zip(sums.tolist(), counts.tolist(), [1] * len(sums)):
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            pool = tuple(map(sum, zip(pools.pop(), pool)))
+        pools.append(pool)
+    return torch.cat([torch.full((n,), s / c, dtype=torch.float64) for s, c, n in pools])
+
+
+def row_noise(seeds, shape, stream=0):
+    """Standard normal noise (B, *shape) that is a function of (seeds[b], stream, position) alone, whatever the batch
+    and the device. seeds (B,) int64. lowbias32 hashes of a counter, then Box-Muller."""
+    n, low = math.prod(shape), 0xFFFFFFFF
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x7feb352d) & low
+        x = ((x ^ (x >> 15)) * 0x846ca68b) & low
+        return x ^ (x >> 16)
+    key = mix(mix(seeds & low) ^ ((seeds >> 32) & low)) ^ mix(torch.full_like(seeds, stream + 1) * 0x9e3779b1 & low)
+    i = torch.arange(2 * -(-n // 2), device=seeds.device)
+    u = (mix(mix(i ^ key[:, None]) + key[:, None] & low).float() + 0.5) * 2.0 ** -32
+    radius, angle = (-2 * u[:, ::2].clamp(min=2.0 ** -33).log()).clamp(min=0).sqrt(), 2 * math.pi * u[:, 1::2]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n].view(-1, *shape)
+
+
+# ---- the frozen encoder --------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """hidden_states[layer] of a frozen language model; blocks after that one are not even kept. No nn.Module: it is
+    in no state dict, optimizer or DDP; a checkpoint keeps its path and hash.
+
+    path: anything that Transformer.from_pretrained opens, another model of transformers (GPT-2), or
+    'random:<width>:<vocabulary>', which stands in for a model that is not there. Loaded when first used.
+    device: '' = that of the ids; 'cpu' or 'cuda:1' keeps it there and sends the features over."""
+
+    def __init__(self, path, layer=-3, device='', hash=''):
+        self.path, self.layer, self.device, self.hash, self.model = str(path), layer, device, hash, None
+
+    def load(self):
+        if self.model is not None: return self
+        self.model = self._open()
+        self.model.eval().requires_grad_(False)
+        if torch.cuda.is_available() and self.device != 'cpu': self.model.bfloat16()
+        digest = hashlib.sha256()
+        for p in self.model.parameters():                                       # a sample of every tensor, in bf16
+            part = p.detach().flatten()[:4096].cpu().bfloat16().view(torch.int16)
+            digest.update(f'{tuple(p.shape)}'.encode() + part.numpy().tobytes())
+        if self.hash not in ('', found := digest.hexdigest()[:16]):
+            raise SystemExit(f"the encoder {self.path} is not the one that this checkpoint was trained with")
+        self.hash = found
+        return self
+
+    def _open(self):
+        if self.path.startswith('random:'):
+            try: self.width, self.vocab_size = map(int, self.path.split(':')[1:])
+            except ValueError:
+                raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
+            self.causal = True
+            return RandomFeatures(self.width, self.vocab_size)
+        kind = 'llama' if gguf_path(self.path) else json.loads(
+            (resolve(self.path) / 'config.json').read_text()).get('model_type')
+        if kind in ('llama', 'qwen2', 'qwen3'):
+            model = Transformer.from_pretrained(self.path)
+            model.layers = model.layers[:self._upto(len(model.layers))]
+            model.lm_head, model.norm = None, nn.Identity() if self.layer != -1 else model.norm
+            self.width, self.vocab_size, self.causal = model.cfg.n_embd, model.cfg.vocab_size, model.cfg.causal
+            return model
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained(resolve(self.path))
+        c, n = model.config, model.config.num_hidden_layers
+        owner, name = next(((m, name) for m in model.modules() for name, child in m.named_children()
+                            if isinstance(child, nn.ModuleList) and len(child) == n), (None, ''))
+        if owner is None: raise SystemExit(f"{self.path}: cannot find the {n} blocks in {type(model).__name__}")
+        setattr(owner, name, getattr(owner, name)[:self._upto(n)])
+        model.config.num_hidden_layers = self._upto(n)
+        self.width, self.vocab_size, self.causal = c.hidden_size, c.vocab_size, True
+        if self.layer != -1: getattr(owner, name)[-1].register_forward_hook(self._tap)
+        return model
+
+    def _upto(self, n_layer):
+        upto = n_layer + 1 + self.layer if self.layer < 0 else self.layer
+        if not 1 <= upto <= n_layer:
+            raise SystemExit(f"encoder_layer {self.layer}: {self.path} has {n_layer} blocks, so -1 to -{n_layer}")
+        return upto
+
+    def _tap(self, module, args, output): self.tapped = output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def features(self, ids):
+        """ids (B, T) -> (B, T, width) in fp32, on the device of the ids."""
+        device = self.device or ids.device
+        self.load().model.to(device)
+        x = ids.to(device)
+        if isinstance(self.model, Transformer):
+            h = self.model.hidden(x) if self.layer == -1 else self.model.hidden(x, upto=len(self.model.layers))
+        elif isinstance(self.model, RandomFeatures): h = self.model(x)
+        else:
+            h = self.model(input_ids=x, use_cache=False).last_hidden_state
+            if self.layer != -1: h = self.tapped
+        return h.to(ids.device).float()
+
+
+class RandomFeatures(nn.Module):
+    """A stand-in of the right width: each token's own random vector, and some of its left neighbour's."""
+    def __init__(self, width, vocab_size):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.low = nn.Parameter(torch.randn(1021, width, generator=generator))
+        self.high = nn.Parameter(torch.randn(vocab_size // 1021 + 1, width, generator=generator))
+
+    def forward(self, ids):
+        h = self.low[ids % 1021] + self.high[ids // 1021]
+        return h + 0.5 * h.roll(1, 1) * (torch.arange(ids.shape[1], device=ids.device) > 0)[:, None]
+
+
+# ---- what is trained -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class LatentConfig:
+    """[R] paper: n_embd 768, 12 DiT layers, 6 Perceiver layers of kind 'joint', 3 layers of token decoder, adaLN.
+    [R] README: n_embd 2048 or 5120, 4 DiT layers without adaLN, 4 Perceiver layers of kind 'split', 2 of token decoder.
+    n_ff is 8/3 n_embd there, rounded."""
+    vocab_size: int               # the encoder's
+    feature_dim: int              # its width
+    max_seq_len: int              # tokens of a row: 1 separator, at most prefix_len of prefix, the chunk
+    prefix_len: int = 0           # tokens of context that the denoiser looks back to; 0 = it writes from nothing only
+    n_latents: int = 0            # 0 = one per token of the chunk
+    latent_dim: int = 0           # smaller than n_embd: a bottleneck; 0 = n_embd
+    n_embd: int = 768
+    n_head: int = 12
+    n_ff: int = 2048
+    n_layer: int = 12             # of the denoiser
+    perceiver_layers: int = 6     # of encoder and decoder, each
+    decoder_layers: int = 3       # of the token decoder
+    perceiver_block: str = 'joint'      # attention over [latents; inputs] (14 d^2); 'split': self, then cross (16 d^2)
+    perceiver_skip: bool = True   # queries start with the input at their place: no alignment to find first [S]
+    dit_adaln: bool = True        # False: plain blocks, the time is added to the latents (12 d^2 instead of 18 d^2)
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        self.chunk_len = self.max_seq_len - 1 - self.prefix_len
+        self.n_latents, self.latent_dim = self.n_latents or self.chunk_len, self.latent_dim or self.n_embd
+        for wrong, why in (
+                (self.chunk_len < 1,
+                 f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
+                (self.perceiver_block not in ('joint', 'split'),
+                 f"perceiver_block must be joint or split, got {self.perceiver_block!r}"),
+                (self.n_embd % self.n_head or self.n_embd // self.n_head % 2,
+                 f"n_embd / n_head must be even, got {self.n_embd} / {self.n_head}")):
+            if wrong: raise SystemExit(why)
+
+
+class Attention(nn.Module):
+    """x (B, N, d) looks at itself (`own`), at another sequence (`other`), or at both at once, each with keys and
+    values of its own projection. QK-norm, then RoPE. mask (B, 1, 1, keys): which keys exist, those of `other` first."""
+
+    def __init__(self, cfg, own, other):
+        super().__init__()
+        d = cfg.n_embd
+        self.n_head, self.head_dim, self.own = cfg.n_head, d // cfg.n_head, own
+        if own: self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
+        else: self.q_proj = nn.Linear(d, d, bias=False)
+        if other: self.kv_proj = nn.Linear(d, 2 * d, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, cfg.norm_eps) for _ in range(2))
+
+    def forward(self, x, rot, other=None, other_rot=None, mask=None):
+        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim)                       # (B, N, heads, hd)
+        if self.own:
+            q, k, v = K.rope_qkv(heads(self.qkv_proj(x)), *rot, self.n_head, self.n_head, self.q_norm.weight,
+                                 self.k_norm.weight, self.q_norm.eps)
+        else: q = K.rope(self.q_norm(heads(self.q_proj(x))), *rot)
+        if other is not None:
+            k2, v2 = heads(self.kv_proj(other)).chunk(2, 2)
+            k2 = K.rope(self.k_norm(k2), *other_rot)
+            k, v = (torch.cat([k2, k], 1), torch.cat([v2, v], 1)) if self.own else (k2, v2)
+        y = K.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class PerceiverBlock(nn.Module):
+    def __init__(self, cfg, kind):
+        super().__init__()
+        norm = lambda: RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.self_norm, self.self_attn = norm(), Attention(cfg, own=True, other=kind == 'joint')
+        if kind == 'split': self.cross_norm, self.cross_attn = norm(), Attention(cfg, own=False, other=True)
+        self.mlp_norm, self.mlp, self.joint = norm(), MLP(cfg), kind == 'joint'
+
+    def forward(self, x, rot, inputs, inputs_rot):
+        if self.joint: x = x + self.self_attn(self.self_norm(x), rot, inputs, inputs_rot)
+        else:
+            x = x + self.self_attn(self.self_norm(x), rot)
+            x = x + self.cross_attn(self.cross_norm(x), rot, inputs, inputs_rot)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.adaln = nn.Linear(cfg.n_embd, 6 * cfg.n_embd) if cfg.dit_adaln else None
+        if not cfg.dit_adaln: self.attn_norm, self.mlp_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
+        self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
+
+    def forward(self, x, mod, rot, context=None, context_rot=None, mask=None):
+        """mod: the six modulations (B, d) that self.adaln makes of the time, or None."""
+        if mod is None:
+            x = x + self.attn(self.attn_norm(x), rot, context, context_rot, mask)
+            return x + self.mlp(self.mlp_norm(x))
+        scale1, shift1, gate1, scale2, shift2, gate2 = mod
+        x = K.gated_add(x, self.attn(K.modulate(x, scale1, shift1), rot, context, context_rot, mask), gate1)
+        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2)
+
+
+class LatentModel(nn.Module):
+    """Encoder, decoder, token decoder and denoiser. A position of a chunk is 0 to L - 1, of a latent spread evenly over
+    that, of the prefix negative: RoPE (all attention here has it) aligns the three."""
+
+    def __init__(self, cfg: LatentConfig):
+        super().__init__()
+        self.cfg, self.activation_checkpointing = cfg, False
+        d, dl, kind = cfg.n_embd, cfg.latent_dim, cfg.perceiver_block
+        project = lambda n_in, n_out: nn.Identity() if n_in == n_out else nn.Linear(n_in, n_out, bias=False)
+        blocks = lambda n, block, *args: nn.ModuleList(block(cfg, *args) for _ in range(n))
+        table = lambda n: nn.Parameter(torch.empty(n, d))
+        self.encoder_queries, self.encoder_pos = table(cfg.n_latents), table(cfg.chunk_len)
+        self.encoder_in, self.encoder_out = project(cfg.feature_dim, d), project(d, dl)
+        self.encoder = blocks(cfg.perceiver_layers, PerceiverBlock, kind)
+        self.decoder_queries, self.decoder_pos = table(cfg.chunk_len), table(cfg.n_latents)
+        self.decoder_in, self.decoder_out = project(dl, d), project(d, cfg.feature_dim)
+        self.decoder = blocks(cfg.perceiver_layers, PerceiverBlock, kind)
+        self.token_decoder_in, self.token_decoder_norm = project(cfg.feature_dim, d), RMSNorm(d, cfg.norm_eps)
+        self.token_decoder = blocks(cfg.decoder_layers, PerceiverBlock, 'split')
+        self.head = nn.Linear(d, cfg.vocab_size, bias=False)
+        if cfg.dit_adaln:
+            self.dit_in, self.dit_mod = nn.Linear(2 * dl, d), nn.Linear(d, 2 * d)
+            self.dit_time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        else:
+            self.dit_in, self.dit_norm = project(dl, d), RMSNorm(d, cfg.norm_eps)
+            self.dit_self_cond = nn.Parameter(torch.empty(dl))
+        self.dit_context = nn.Linear(cfg.feature_dim, d, bias=False) if cfg.prefix_len else None
+        self.dit, self.dit_out = blocks(cfg.n_layer, DiTBlock), nn.Linear(d, dl)
+        self.register_buffer('feature_stats', torch.tensor([[0.], [1.]]).repeat(1, cfg.feature_dim))    # mean, std
+        self.register_buffer('latent_sums', torch.zeros(3, cfg.n_latents, dl))          # decayed sums of z, z^2, counts
+        self.timesteps = AdaptiveTimesteps()
+        if self.head.weight.device.type != 'meta': self.init_weights()
+
+    def init_weights(self):
+        """Matrices N(0, 1 / inputs), into a residual stream smaller (GPT-2), adaLN and the denoiser's output zero;
+        queries, positions and the head 0.02, so that latents differ by what they see, not by where they are [S]."""
+        zero = ('adaln.weight', 'dit_mod.weight', 'dit_out.weight', 'dit_self_cond', 'bias')
+        for name, p in self.named_parameters():
+            if name.endswith(zero): nn.init.zeros_(p)
+            elif p.ndim < 2: nn.init.ones_(p)
+            elif name.endswith(('_queries', '_pos', 'head.weight')): nn.init.normal_(p, std=0.02)
+            else:
+                last = name.endswith(('o_proj.weight', 'down_proj.weight'))
+                depth = len(getattr(self, name.split('.')[0])) if last else 0.5
+                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1] * 2 * depth))
+
+    # -- what train.py wants to know of any model
+    @property
+    def layers(self): return nn.ModuleList([*self.encoder, *self.decoder, *self.token_decoder, *self.dit])
+
+    def fused_rows(self):
+        d = self.cfg.n_embd
+        return dict(qkv_proj=[d] * 3, kv_proj=[d] * 2, gate_up_proj=[self.cfg.n_ff] * 2, adaln=[d] * 6)
+
+    def n_params(self, embedding=True, part=''):
+        """embedding=False: without learned queries and positions, and the head. part: of those that start so."""
+        tables = ('head', '_queries', '_pos')
+        return sum(p.numel() for n, p in self.named_parameters()
+                   if n.startswith(part) and (embedding or not any(table in n for table in tables)))
+
+    def flops_per_token(self, seq_len, scored=1.0):
+        """6 per weight and position, and the self-conditioning pass of half the rows; the frozen encoder and the
+        attention scores are left out."""
+        dit, share = self.n_params(part='dit'), self.cfg.n_latents / seq_len
+        return 6 * (self.n_params() - dit) * self.cfg.chunk_len / seq_len + 7 * dit * share
+
+    # -- the four networks
+    def _run(self, blocks, x, *args):
+        for block in blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=False)
+            else: x = block(x, *args)
+        return x
+
+    def _rot(self, what, B):
+        """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix."""
+        c, device = self.cfg, self.head.weight.device
+        if what == 'prefix': pos = torch.arange(-c.prefix_len, 0, device=device)
+        elif what == 'tokens': pos = torch.arange(c.chunk_len, device=device)
+        else: pos = (torch.arange(c.n_latents, device=device) + 0.5) * (c.chunk_len / c.n_latents) - 0.5
+        return K.rope_tables(pos.expand(B, -1), c.n_embd // c.n_head, 1e4)
+
+    def _cast(self, x):
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    def _start(self, queries, inputs):
+        """Learned queries (N, d), and with the skip the mean of the inputs (B, M, d) that lie at each query's place."""
+        x = self._cast(queries.expand(len(inputs), -1, -1))
+        if not self.cfg.perceiver_skip: return x
+        return x + F.adaptive_avg_pool1d(inputs.transpose(1, 2), len(queries)).transpose(1, 2)
+
+    def encode(self, h):
+        """Normalised features (B, L, F) -> latents (B, n_latents, latent_dim), each of RMS 1, without statistics."""
+        B = len(h)
+        inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
+        x = self._start(self.encoder_queries, inputs)
+        x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
+        return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
+
+    def normalise(self, z):
+        """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension.
+        The values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
+        Were they constants to it, the denoiser would be paid for shrinking z towards a constant as fast as they follow;
+        with one mean for all latents, for a constant of each latent. Both happened: see LOG.md."""
+        s, square, n = self.latent_sums                                                 # (K, latent_dim) each
+        mean, square = (torch.where(n > 0, x / n.clamp(min=1e-8), start) for x, start in ((s, 0.0), (square, 1.0)))
+        rstd = (square - mean * mean).mean(0).clamp(min=1e-6).rsqrt()
+        if not torch.is_grad_enabled(): return (z - mean) * rstd
+        batch_mean = z.mean(0) if len(z) > 1 else mean
+        x = z - batch_mean
+        std = (x.square().mean((0, 1)) + 1e-6).sqrt()
+        return x / std * (std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
+
+    def decode(self, z):
+        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
+        B = len(z)
+        inputs = self._cast(self.decoder_in(z) + self.decoder_pos)
+        x = self._start(self.decoder_queries, inputs)
+        x = self._run(self.decoder, x, self._rot('tokens', B), inputs, self._rot('latents', B))
+        return self.decoder_out(x).float()
+
+    def token_states(self, h):
+        """Features -> (B, L, d), what the head turns into logits."""
+        x, rot = self._cast(self.token_decoder_in(h)), self._rot('tokens', len(h))
+        return self.token_decoder_norm(self._run(self.token_decoder, x, rot, x, rot))
+
+    def modulations(self, t):
+        """All that depends on t (B,) alone, for a fixed grid computable once: per block, and for the output."""
+        d = self.cfg.n_embd
+        freq = torch.exp(-math.log(1e4) / (d // 2) * torch.arange(d // 2, device=t.device))
+        angle = 1000 * t[:, None].float() * freq
+        emb = torch.cat([angle.cos(), angle.sin()], 1)
+        if not self.cfg.dit_adaln: return [None] * len(self.dit), emb
+        c = F.silu(self.dit_time(emb))
+        return [block.adaln(c).chunk(6, 1) for block in self.dit], self.dit_mod(c).chunk(2, 1)
+
+    def denoise(self, zt, mods, z_sc, context=None, seen=None):
+        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t). context (B, P, F): the prefix's features,
+        right-aligned; seen (B, P) bool: which of its positions exist."""
+        (per_block, last), B, args = mods, len(zt), ()
+        if self.cfg.dit_adaln: x = self.dit_in(torch.cat([zt, z_sc], -1))
+        else: x = self._cast(self.dit_in(zt + self.dit_self_cond * z_sc) + last[:, None])
+        rot = self._rot('latents', B)
+        if self.dit_context is not None:
+            mask = torch.cat([seen, seen.new_ones(B, x.shape[1])], 1)[:, None, None]
+            args = (self._cast(self.dit_context(context)), self._rot('prefix', B), mask)
+        for block, mod in zip(self.dit, per_block): x = self._run([block], x, mod, rot, *args)
+        x = K.modulate(x, *last) if self.cfg.dit_adaln else self.dit_norm(x)
+        return self.dit_out(x).float()
+
+    # -- files
+    def save_pretrained(self, path, tokenizer=None, dlm=None, dtype=None, max_shard_bytes=0):
+        """config.json + one model.safetensors of weights (in `dtype`) and statistics (fp32) + the tokenizer."""
+        path = Path(path); path.mkdir(parents=True, exist_ok=True)
+        params = {n for n, _ in self.named_parameters()}
+        save_file({n: x.detach().to('cpu', dtype if n in params else None).contiguous().clone()
+                   for n, x in self.state_dict().items()}, path / 'model.safetensors', metadata={'format': 'pt'})
+        if tokenizer is not None: tokenizer.save(path)
+        (path / 'config.json').write_text(json.dumps(dict(model_type='ldlm', dlm=dlm), indent=1))
+
+
+# ---- the objective -------------------------------------------------------------------------------------------
+
+
+class LDLM(Objective):
+    """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
+    much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
+    encoder_warmup: steps until the denoiser's whole gradient reaches the encoder. adaptive: AdaptiveTimesteps, else t
+    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]."""
+    name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
+    one_chunk_per_row = True
+
+    def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
+                 adaptive=True, self_cond=True):
+        super().__init__(model, None, separator, eos_id)
+        if model.cfg.prefix_len and not encoder.path.startswith('random:') and not getattr(encoder, 'causal', True):
+            raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
+        self.encoder = encoder
+        self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
+                             adaptive=adaptive, self_cond=self_cond)
+
+    @property
+    def dlm(self):
+        e = self.encoder
+        return super().dlm | dict(settings=self.settings, latent=dataclasses.asdict(self.model.cfg),
+                                  encoder=dict(path=e.path, layer=e.layer, hash=e.hash))
+
+    @classmethod
+    def from_pretrained(cls, path, encoder_device=''):
+        """A directory that LatentModel.save_pretrained wrote. The encoder is opened when it is needed: to train, to
+        validate and to continue a prompt, not to write from nothing."""
+        dlm = json.loads((Path(path) / 'config.json').read_text())['dlm']
+        with torch.device('meta'): model = LatentModel(LatentConfig(**dlm['latent']))
+        weights = {k: x.float() if x.is_floating_point() else x
+                   for k, x in load_file(Path(path) / 'model.safetensors').items()}
+        model.load_state_dict(weights, assign=True)
+        return cls(Encoder(**dlm['encoder'], device=encoder_device), model, dlm['separator'], dlm['eos_id'],
+                   **dlm['settings'])
+
+    def loss_at_start(self): return f"1 (latents) + 1 (features) + ln {self.model.cfg.vocab_size} (tokens)"
+
+    # -- training
+    @torch.no_grad()
+    def start(self, batches):
+        """Once, before the first step: mean and standard deviation of each feature. Position 0, the attention sink,
+        is not modelled and left out [S]: with one mean and deviation for all, a few outliers own the MSE."""
+        sums = 0
+        for batch in batches:
+            h = self.encoder.features(batch.ids)[:, 1:].flatten(0, 1).double()
+            sums = sums + torch.stack([h.sum(0), (h * h).sum(0), torch.full_like(h[0], len(h))])
+        mean = sums[0] / sums[2]
+        self.model.feature_stats.copy_(torch.stack([mean, (sums[1] / sums[2] - mean ** 2).clamp(min=1e-8).sqrt()]))
+
+    def prepare(self, batch, seed):
+        """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, and how long the
+        prefix is: nothing in a quarter of the rows, else uniform, but it ends before the text does."""
+        T, row_ids, ids = batch.ids.shape[1], batch.row_ids.cpu(), batch.ids.cpu()
+        rngs = [np.random.default_rng((seed, batch.step, int(r))) for r in row_ids]
+        xi = (np.random.default_rng((seed, batch.step)).random() + GOLDEN * row_ids.double()) % 1
+        longest = self._is_text(ids[:, 1:]).sum(1).sub(1).clamp(0, self.model.cfg.prefix_len).tolist()
+        start = [int(max(rng.random() - 0.25, 0) / 0.75 * (n + 1)) for rng, n in zip(rngs, longest)]
+        noise = dict(xi=xi.float(), seed=torch.tensor([int(rng.integers(2 ** 62)) for rng in rngs]),
+                     start=torch.tensor(start), weight=batch.is_target.cpu().any(1) * (T - 1) / batch.n_targets,
+                     guess=(row_ids % 2 * self.settings['self_cond']).nonzero().squeeze(1))
+        return replace(batch, noise={k: x.to(batch.ids.device) for k, x in noise.items()})
+
+    def _is_text(self, ids):
+        """(B, L) bool: all but the fill, that is EOS after EOS."""
+        eos = ids == (-1 if self.eos_id is None else self.eos_id)
+        return ~(eos & F.pad(eos, (1, 0))[:, :-1])
+
+    def _features(self, ids):
+        mean, std = self.model.feature_stats
+        return ((self.encoder.features(ids) - mean) / std).clamp(-10, 10)
+
+    def _window(self, batch):
+        """The chunk after the prefix: ids (B, L), features (B, L, F); and for `denoise` the prefix's features."""
+        c, h = self.model.cfg, self._features(batch.ids)
+        take = lambda at: h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))
+        first = 1 + batch.noise['start'][:, None]                                       # (B, 1)
+        at = first + torch.arange(c.chunk_len, device=first.device)
+        before = first + torch.arange(-c.prefix_len, 0, device=first.device)
+        return batch.ids.gather(1, at), take(at), dict(context=take(before), seen=before > 0) if c.prefix_len else {}
+
+    def _denoise(self, z, t, seed, guess, prefix):
+        """z_hat (B, K, d) of z noised to the level t (B,); the rows `guess` get the model's first guess."""
+        m = self.model
+        alpha, sigma = (x[:, None, None] for x in tangent_alpha_sigma(t, self.settings['tangent_d']))
+        zt, mods = alpha * z + sigma * row_noise(seed, z.shape[1:]), m.modulations(t)
+        z_sc = torch.zeros_like(z)
+        if len(guess):
+            with torch.no_grad():
+                z_sc[guess] = m.denoise(zt[guess], m.modulations(t[guess]), z_sc[guess],
+                                        **{k: x[guess] for k, x in prefix.items()})
+        return m.denoise(zt, mods, z_sc, **prefix)
+
+    def forward(self, batch):
+        """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
+        m, s, noise = self.model, self.settings, batch.noise
+        ids, h, prefix = self._window(batch)
+        raw = m.encode(h)
+        z0 = m.normalise(raw)
+        z = z0.detach() + encoder_grad_scale(batch.step, s['encoder_warmup']) * (z0 - z0.detach())
+        t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
+        diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
+        h_hat = m.decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+        feat = (h_hat - h).square().mean((1, 2))
+        states = m.token_states(h_hat.detach()).flatten(0, 1)                           # the token loss ends here
+        w = noise['weight']
+        ce_loss, ce = K.linear_cross_entropy(states, m.head.weight, ids.flatten(),
+                                             (w / ids.shape[1]).float().repeat_interleave(ids.shape[1]))
+        loss = (w * (diff + feat)).sum() + ce_loss
+        row = w.count_nonzero()
+        total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
+        used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
+        sums = torch.stack([used.sum(0), used.square().sum(0), row.to(used).expand(used.shape[1:])])
+        return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
+                          _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
+
+    def after_step(self, stats):
+        m = self.model
+        m.latent_sums.mul_(0.9).add_(stats['_latents'].to(m.latent_sums))
+        if self.settings['adaptive']: m.timesteps.update_bins(stats['_bins'])
+
+    # -- measuring
+    def row_nll(self, batch, k=1, seed=0):
+        raise NotImplementedError("LDLM has no likelihood: tokens are decoded from latents by argmax, and what the "
+                                  "denoiser bounds is the density of latents that the encoder is free to rescale")
+
+    def nelbo(self, batch, k=1, seed=0): self.row_nll(batch, k, seed)
+
+    @torch.no_grad()
+    def validate(self, batches, seed, k=1):
+        """Denoising loss at uniform t (with self-conditioning); MSE of the features and share of tokens decoded right
+        from clean latents; the latter from z_hat(t). score = denoising loss + 1 - accuracy [S]: 'best' minimises it."""
+        m = self.model
+        sums = torch.zeros(6, dtype=torch.float64, device=m.head.weight.device)
+        for batch in batches:
+            batch = self.prepare(batch, seed)
+            noise, used = batch.noise, (batch.noise['weight'] > 0).double()
+            ids, h, prefix = self._window(batch)
+            z0 = m.normalise(m.encode(h))
+            guess = torch.arange(len(ids) * self.settings['self_cond'], device=ids.device)
+            z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), m.decode(z0)
+            text = self._is_text(ids) * used[:, None]
+            right = [((self._tokens(x)[0] == ids) * text).sum() for x in (h_hat, m.decode(z_hat))]
+            errors = [(used * (a - b).square().mean((1, 2))).sum() for a, b in ((z_hat, z0), (h_hat, h))]
+            sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
+        if dist.is_initialized(): dist.all_reduce(sums)
+        diff, feat, right, right_t, n_tokens, n_rows = sums.tolist()
+        return dict(score=diff / n_rows + 1 - right / n_tokens, denoise=diff / n_rows, features=feat / n_rows,
+                    accuracy=right / n_tokens, accuracy_t=right_t / n_tokens, n_tokens=int(n_tokens),
+                    n_rows=int(n_rows))
+
+    def _tokens(self, h):
+        """Features (B, L, F) -> argmax tokens (B, L) and their probability; a few rows of logits at a time."""
+        states, out = self.model.token_states(h).flatten(0, 1), []
+        for part in states.split(max((1 << 27) // self.model.cfg.vocab_size, 1)):
+            logits = K.head_logits(part, self.model.head.weight)
+            top = logits.max(-1)
+            out.append((top.indices, (top.values - logits.logsumexp(-1)).exp()))
+        return tuple(torch.cat(x).view(h.shape[:2]) for x in zip(*out))
+
+    # -- sampling
+    def grid(self, n_steps, time_grid='uniform', eta=0.0):
+        """-> times (n_steps,) and, per step, the (n_steps, 3) factors of zt, z_hat and fresh noise in
+        z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v the variance of q(z_s | zt, z0).
+        eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
+        if time_grid not in ('uniform', 'adaptive'):
+            raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
+        t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
+        if time_grid == 'adaptive': t[1:-1] = self.model.timesteps.quantile(t[1:-1]).double().cpu()
+        alpha, sigma = tangent_alpha_sigma(t, self.settings['tangent_d'])
+        (a_t, a_s), (s_t, s_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
+        v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
+        keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
+        return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
+
+    @torch.no_grad()
+    def sample_latents(self, seeds, n_steps, eta=0.0, time_grid='uniform', prefix=None, see=None):
+        """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
+        m, device, prefix = self.model, seeds.device, prefix or {}
+        shape = (m.cfg.n_latents, m.cfg.latent_dim)
+        times, factors = self.grid(n_steps, time_grid, eta)
+        z, z_hat = row_noise(seeds, shape), torch.zeros(len(seeds), *shape, device=device)
+        for i, (a, b, c) in enumerate(factors.tolist()):
+            mods = m.modulations(times[i].to(device).expand(len(seeds)))
+            z_hat = m.denoise(z, mods, z_hat if self.settings['self_cond'] else torch.zeros_like(z), **prefix)
+            z = a * z + b * z_hat
+            if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
+            if see: see(z_hat)
+        return z
+
+    def _prefix(self, texts):
+        """The last prefix_len tokens of the texts, as the denoiser wants them."""
+        P, device = self.model.cfg.prefix_len, self.model.head.weight.device
+        if not P: return {}
+        rows = [[self.separator] * (self.separator is not None) + text for text in texts]
+        T = max(map(len, rows))
+        ids = torch.tensor([row + [self.eos_id or 0] * (T - len(row)) for row in rows], device=device)
+        at = torch.tensor([len(row) for row in rows], device=device)[:, None] + torch.arange(-P, 0, device=device)
+        seen, F_ = at > 0, self.model.cfg.feature_dim                   # position 0 is the separator: not shown
+        if not seen.any(): return dict(context=torch.zeros(len(rows), P, F_, device=device), seen=seen)
+        return dict(context=self._features(ids).gather(1, at.clamp(min=0)[..., None].expand(-1, -1, F_)), seen=seen)
+
+    @torch.no_grad()
+    def sample(self, prompts, max_new_tokens=128, n_steps=64, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',
+               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='uniform'):
+        """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. A chunk at a time: n_steps
+        denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without
+        one it ends with the first. temperature to block_len are for other objectives."""
+        L, P, device = self.model.cfg.chunk_len, self.model.cfg.prefix_len, self.model.head.weight.device
+        if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
+        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
+        texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
+        for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):
+            if all(done): break
+            seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
+            see = None
+            if history is not None:
+                def see(z_hat): history.append(self._show(prompts, texts, z_hat, max_new_tokens))
+            seeds = torch.tensor(seeds, device=device)
+            z = self.sample_latents(seeds, n_steps, eta, time_grid, self._prefix(texts), see)
+            nfe += n_steps
+            for i, new in enumerate(self._tokens(self.model.decode(z))[0].tolist()):
+                if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end
+                done[i] |= self.eos_id in new
+                texts[i] = texts[i] + new
+        new = [text[len(p):][:max_new_tokens] for text, p in zip(texts, prompts)]
+        return [list(p) + (n[:n.index(self.eos_id)] if self.eos_id in n else n) for p, n in zip(prompts, new)], nfe
+
+    def _show(self, prompts, texts, z_hat, max_new_tokens):
+        """What z_hat decodes to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
+        rows, widest = [], max(map(len, prompts))
+        sep = [] if self.separator is None else [self.separator]
+        for p, text, new, conf in zip(prompts, texts, *(x.tolist() for x in self._tokens(self.model.decode(z_hat)))):
+            pad, keep = widest - len(p), len(sep) + widest + max_new_tokens
+            rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + conf))
+            rows[-1] = (rows[-1][0][:keep], rows[-1][1][:keep])
+        return torch.tensor([ids for ids, _ in rows]), torch.tensor([conf for _, conf in rows])

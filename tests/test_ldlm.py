@@ -1,0 +1,505 @@
+"""Latent diffusion against exact answers: the schedules, what each gradient reaches, timesteps that make a known loss
+linear, a sampler that recovers a known Gaussian, sizes of the published tables, a tiny model that learns its text."""
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from ar import AR
+from data import Corpus, batch_from_documents, lay_out, prepare
+from ldlm import (
+    LDLM,
+    AdaptiveTimesteps,
+    Encoder,
+    LatentConfig,
+    LatentModel,
+    encoder_grad_scale,
+    row_noise,
+    tangent_alpha_sigma,
+)
+from model import ModelConfig, Transformer
+from tokenizer import byte_tokenizer
+
+SMALL = dict(vocab_size=64, feature_dim=24, max_seq_len=13, n_embd=32, n_head=2, n_ff=64, n_layer=2, perceiver_layers=1,
+             decoder_layers=1)
+
+
+def tiny(encoder='random:24:64', settings=None, **kw):
+    torch.manual_seed(0)
+    encoder = Encoder(encoder).load()
+    model = LatentModel(LatentConfig(**SMALL | dict(vocab_size=encoder.vocab_size, feature_dim=encoder.width) | kw))
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)              # nothing is zero: every path counts
+    return LDLM(encoder, model, separator=0, eos_id=0, **settings or {})
+
+
+def rows(n, T=13, vocab=64, seed=0):
+    """n rows of random tokens, the last four of them EOS, all of it modelled."""
+    ids = torch.randint(1, vocab, (n, T), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[:, -4:] = 0, 0
+    batch = batch_from_documents(ids.tolist())
+    return batch
+
+
+def part(batch, lo, hi):
+    cut = lambda x: x[lo:hi] if torch.is_tensor(x) else x
+    return replace(batch, ids=batch.ids[lo:hi], pos=batch.pos[lo:hi], doc=batch.doc[lo:hi], ranges=None,
+                   is_target=batch.is_target[lo:hi], row_ids=cut(batch.row_ids))
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------
+def test_tangent_schedule():
+    t = torch.tensor([0.1, 0.2, 0.5, 0.9, 0.0, 1.0], dtype=torch.float64)
+    alpha, sigma = tangent_alpha_sigma(t)
+    want = torch.tensor([.816, .513, .100, .0028, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(alpha ** 2, want, atol=5e-4, rtol=0)
+    torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones_like(t))
+    logsnr = (alpha ** 2 / sigma ** 2).log()[:4]
+    torch.testing.assert_close(logsnr, -2 * (3 * (math.pi * t[:4] / 2).tan()).log())
+
+
+def test_warm_up_values():
+    for share, value in ((0.5, .054), (0.8, .568), (0.9, .830)):
+        assert encoder_grad_scale(share * 50_000, 50_000) == pytest.approx(value, abs=1e-3)
+    assert encoder_grad_scale(0, 100) == pytest.approx(1e-3)
+    assert encoder_grad_scale(100, 100) == encoder_grad_scale(500, 100) == encoder_grad_scale(0, 0) == 1
+
+
+def gradients(o, batch):
+    o.zero_grad()
+    o(batch)[0].backward()
+    return {n: p.grad.clone() for n, p in o.model.named_parameters()}
+
+
+def test_warm_up_scales_the_encoders_gradient_and_nothing_else():
+    """Gradients at three values of g: the denoiser's is the same, the encoder's is G_h + g G_diff."""
+    found = {}
+    for g_step in (0, 80, 100):                                                 # g = .001, .568, 1
+        o = tiny(settings=dict(encoder_warmup=100))
+        batch = o.prepare(rows(4), 0)                                           # the same noise
+        found[encoder_grad_scale(g_step, 100)] = gradients(o, replace(batch, step=g_step))
+    (g0, a), (g1, b), (g2, c) = sorted(found.items())
+    for name in a:
+        if name.startswith('dit') or name.startswith(('decoder', 'token', 'head')):
+            torch.testing.assert_close(a[name], c[name])
+        else:
+            torch.testing.assert_close((b[name] - a[name]) * (g2 - g0), (c[name] - a[name]) * (g1 - g0),
+                                       atol=1e-6, rtol=1e-3)
+            assert (c[name] - a[name]).norm() > 1e-3 * c[name].norm(), name
+
+
+def test_token_loss_stops_at_the_features():
+    """With the loss of tokens alone, encoder, decoder and denoiser get nothing."""
+    o = tiny()
+    batch = o.prepare(rows(4), 0)
+    ids, h, _ = o._window(batch)
+    h_hat = o.model.decode(o.model.encode(h))
+    whole = gradients(o, batch)
+    o.model.head.weight.data *= 3                       # another token loss, the same features
+    other = gradients(o, batch)
+    for name in whole:
+        same = torch.equal(whole[name], other[name])
+        assert same != name.startswith(('token_decoder', 'head')), name
+    assert h_hat.requires_grad                          # it is the loss that detaches
+
+
+def test_decoder_noise_is_for_training_only():
+    quiet, noisy = (tiny(settings=dict(sigma_dec=s)) for s in (0.0, 3.0))
+    batch = rows(4)
+    assert quiet.validate([batch], 0) == noisy.validate([batch], 0)
+    a, b = (o(o.prepare(batch, 0))[1]['features'] for o in (quiet, noisy))
+    assert a[0] != b[0]
+
+
+def test_forward_changes_no_state_and_after_step_does():
+    o = tiny()
+    before = {k: v.clone() for k, v in o.state_dict().items()}
+    _, stats = o(o.prepare(rows(4), 0))
+    assert all(torch.equal(v, before[k]) for k, v in o.state_dict().items())
+    o.after_step(stats)
+    changed = {k for k, v in o.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {'model.latent_sums', 'model.timesteps.bins', 'model.timesteps.n_updates'}
+    z = o.model.normalise(o.model.encode(o._window(o.prepare(rows(4), 0))[1])).flatten(0, 1)
+    torch.testing.assert_close(z.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.var(0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """Loss, gradients and stats of 4 rows = those of rows 0-1 plus rows 2-3: noise belongs to the row."""
+    o = tiny(prefix_len=4)
+    whole = rows(4)
+    loss, stats = o(o.prepare(whole, 3))
+    halves = [o(o.prepare(part(whole, lo, lo + 2), 3)) for lo in (0, 2)]
+    torch.testing.assert_close(loss, halves[0][0] + halves[1][0])
+    for k in stats: torch.testing.assert_close(stats[k], halves[0][1][k] + halves[1][1][k])
+
+
+def test_rows_of_padding_count_nothing():
+    o, batch = tiny(), rows(4)
+    want = o.validate([batch], 0)
+    fake = replace(batch, ids=batch.ids.clone(), is_target=batch.is_target.clone(), n_targets=batch.n_targets * 3 // 4)
+    fake.is_target[3] = False
+    got = o.validate([fake], 0)
+    assert got['n_rows'] == 3 and want['n_rows'] == 4
+    assert o.validate([part(batch, 0, 3)], 0) == pytest.approx(got)
+
+
+# ---- noise and timesteps -----------------------------------------------------------------------------------
+def test_row_noise_is_normal_and_belongs_to_its_row():
+    seeds = torch.from_numpy(np.random.default_rng(0).integers(2 ** 62, size=300))
+    x = row_noise(seeds, (11, 61))
+    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.01 and abs((x ** 4).mean() - 3) < 0.06
+    for a, b in ((x[:, 0], x[:, 1]), (x[:-1], x[1:]), (x, row_noise(seeds, (11, 61), stream=1)),
+                 (x, row_noise(seeds + 1, (11, 61))), (x, row_noise(seeds + 2 ** 40, (11, 61)))):
+        assert abs((a * b).mean()) < 0.02
+    assert torch.equal(x[7:9], row_noise(seeds[7:9], (11, 61)))
+    big = row_noise(seeds[:1], (400_000,))                                      # Kolmogorov-Smirnov
+    cdf = torch.special.ndtr(big.sort(1).values[0].double())
+    assert (cdf - torch.linspace(0, 1, len(cdf), dtype=torch.float64)).abs().max() < 0.004
+
+
+def synthetic(t, d=3.0):
+    """The denoising loss of data N(0, 1/4) under the tangent schedule: the posterior's variance."""
+    alpha, sigma = tangent_alpha_sigma(t, d)
+    return 0.25 * sigma ** 2 / (0.25 * alpha ** 2 + sigma ** 2)
+
+
+def train_timesteps(steps, batch, noise=0.1):
+    ts, g = AdaptiveTimesteps(), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        t = ts.sample(batch, float(torch.rand((), generator=g)))
+        ts.update(t, synthetic(t) * (1 + noise * torch.randn(batch, generator=g)))
+    return ts
+
+
+@pytest.mark.parametrize('steps, batch', [(300, 128), (12_000, 1)])
+def test_adaptive_timesteps_make_the_loss_linear(steps, batch):
+    """R^2 of loss against xi above 0.99 (uniform t: below 0.9), at batch 1, too; and no noise level starves."""
+    ts = train_timesteps(steps, batch)
+    xi = (torch.arange(2000) + 0.5) / 2000
+    r2 = lambda t: np.corrcoef(xi.numpy(), synthetic(t).numpy())[0, 1] ** 2
+    assert r2(ts.quantile(xi)) > 0.99 > 0.9 > r2(xi)
+    assert torch.histc(ts.quantile(xi), 64, 0, 1).min() > 0
+    assert torch.all(ts.cdf.diff() > 0) and ts.cdf[0] == 0 and ts.cdf[-1] == 1
+
+
+def test_adaptive_timesteps_start_uniform_and_stay_stratified():
+    ts, xi = AdaptiveTimesteps(every=1), torch.rand(100)
+    torch.testing.assert_close(ts.quantile(xi), xi)
+    ts.update(torch.tensor([0.3]), torch.tensor([5.0]))                         # one bin must not take it all
+    torch.testing.assert_close(ts.quantile(xi), xi)
+    t = ts.sample(64, u=0.2).sort().values
+    assert t.diff().max() < 2.7 / 64
+    assert ts.quantile(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+
+
+def test_adaptive_timesteps_agree_across_ranks_and_resume():
+    """Two ranks' bins summed = one rank with all samples; a copy of the state goes on alike."""
+    one, two = AdaptiveTimesteps(every=2), AdaptiveTimesteps(every=2)
+    t = torch.rand(512)
+    for _ in range(3):
+        one.update(t, synthetic(t))
+        two.update_bins(two.bin(t[:256], synthetic(t[:256])) + two.bin(t[256:], synthetic(t[256:])))
+    torch.testing.assert_close(one.cdf, two.cdf)
+    assert not torch.equal(one.cdf, torch.linspace(0, 1, 65))
+    copy = AdaptiveTimesteps(every=2)
+    copy.load_state_dict(one.state_dict())
+    for ts in (one, copy): ts.update(t, synthetic(t) * 2)
+    assert torch.equal(one.cdf, copy.cdf) and torch.equal(one.bins, copy.bins)
+
+
+# ---- sampler -----------------------------------------------------------------------------------------------
+class ExactDenoiser(LatentModel):
+    """E[z0 | zt] of z0 ~ N(mean, std^2), independent dimensions: what a perfect network would say."""
+    mean, std = torch.tensor([1.0, -0.5, 0.0, 2.0]), torch.tensor([0.5, 1.0, 0.3, 0.8])
+
+    def modulations(self, t): return t
+
+    def denoise(self, zt, t, z_sc, context=None, seen=None):
+        alpha, sigma = (x[:, None, None] for x in tangent_alpha_sigma(t.double()))
+        gain = alpha * self.std ** 2 / (alpha ** 2 * self.std ** 2 + sigma ** 2)
+        return (self.mean + gain * (zt - alpha * self.mean)).float()
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('grid', ['uniform', 'adaptive'])
+def test_exact_denoiser_recovers_the_gaussian(eta, grid):
+    """For every eta and grid, the marginal at t = 0 is the data's (up to the grid's discretisation)."""
+    model = ExactDenoiser(LatentConfig(**SMALL | dict(n_embd=4, n_head=1)))
+    model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) * 0.7 + torch.linspace(0, 1, 65) ** 2 * 0.3)
+    o = LDLM(Encoder('random:24:64'), model, 0, 0)
+    z = o.sample_latents(torch.arange(2000) * 7919, 512, eta, grid).flatten(0, 1)           # (24000, 4)
+    torch.testing.assert_close(z.mean(0), model.mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.05)
+    assert abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
+
+
+def test_a_step_of_the_grid_is_the_exact_posterior():
+    """eta = 1: mean and variance of q(z_s | zt, z0) in closed form. eta = 0: the noise level is kept."""
+    o = tiny()
+    t, f = o.grid(10, eta=1.0)
+    assert t[0] == 1 and len(f) == 10 and f[-1].tolist() == pytest.approx([0, 1, 0], abs=1e-12)
+    a, s = tangent_alpha_sigma(1 - torch.arange(11, dtype=torch.float64) / 10)
+    i = 4
+    r = a[i] / a[i + 1]
+    var = s[i + 1] ** 2 * (s[i] ** 2 - r ** 2 * s[i + 1] ** 2) / s[i] ** 2
+    want = [r * s[i + 1] ** 2 / s[i] ** 2, a[i + 1] * (s[i] ** 2 - r ** 2 * s[i + 1] ** 2) / s[i] ** 2, var.sqrt()]
+    torch.testing.assert_close(f[i], torch.stack(want))
+    _, f = o.grid(10)
+    torch.testing.assert_close(f[i], torch.stack([s[i + 1] / s[i], a[i + 1] - s[i + 1] / s[i] * a[i], 0 * a[i]]))
+
+
+def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
+    o = tiny()
+    many, nfe = o.sample([[]] * 3, 12, n_steps=4, seed=5)
+    again, other = (o.sample([[]] * 3, 12, n_steps=4, seed=s)[0] for s in (5, 6))
+    assert nfe == 4 and many == again != other
+    assert o.sample([[]], 12, n_steps=4, seed=5)[0] == many[:1]                 # whatever the neighbours
+    assert all(len(r) <= 12 and 0 not in r for r in many) and len(o.sample([[]], 5, n_steps=2)[0][0]) <= 5
+    assert o.sample([[]], 0) == ([[]], 0)
+    for p in o.model.dit_out.parameters(): p.data.neg_()
+    assert o.sample([[]] * 3, 12, n_steps=4, seed=5)[0] != many
+    with pytest.raises(SystemExit, match='prefix_len=0'): o.sample([[1]], 12)
+
+
+def test_history_shows_every_step():
+    o, history = tiny(prefix_len=4, max_seq_len=17), []
+    ids, nfe = o.sample([[1, 2], [3]], 20, n_steps=3, seed=0, history=history)
+    assert nfe in (3, 6) and len(history) == nfe
+    last_ids, conf = history[-1]
+    assert last_ids.shape == conf.shape and last_ids.shape[1] <= 1 + 2 + 20 and 0 < conf.min() <= conf.max() <= 1
+    assert last_ids[0, :3].tolist() == [0, 1, 2] and last_ids[1, 1:3].tolist() == [0, 3]
+    assert last_ids[0, 3:3 + len(ids[0]) - 2].tolist() == ids[0][2:]
+
+
+def test_self_conditioning_sees_the_guess_in_half_of_the_rows():
+    o, calls = tiny(), []
+    batch = o.prepare(rows(6), 0)
+    assert batch.noise['guess'].tolist() == [1, 3, 5]
+    plain = o.model.denoise
+    def spy(zt, mods, z_sc, **kw):
+        calls.append((torch.is_grad_enabled(), z_sc))
+        return plain(zt, mods, z_sc, **kw)
+    o.model.denoise = spy
+    o(batch)
+    (grad0, first), (grad1, second) = calls
+    assert (grad0, grad1) == (False, True) and first.shape[0] == 3 and not first.any()
+    assert not second[::2].any() and second[1::2].flatten(1).any(1).all() and not second.requires_grad
+    calls.clear()
+    o.sample_latents(torch.tensor([1]), 3)
+    assert not calls[0][1].any() and calls[1][1].any()                          # the previous z_hat
+    off = tiny(settings=dict(self_cond=False))
+    assert off.prepare(rows(6), 0).noise['guess'].numel() == 0
+
+
+# ---- prefix ------------------------------------------------------------------------------------------------
+def test_prefix_windows():
+    """Chunk and prefix are cut from the row where they say; nothing behind the chunk's start is shown."""
+    o = tiny(prefix_len=4, max_seq_len=13)
+    batch = rows(64)
+    b = o.prepare(batch, 0)
+    start = b.noise['start']
+    assert start.min() == 0 and start.max() == 4 and (start == 0).float().mean() > 0.2
+    ids, h, prefix = o._window(b)
+    all_h = o._features(b.ids)
+    for i in range(8):
+        p = int(start[i])
+        assert ids[i].tolist() == b.ids[i, 1 + p:1 + p + 8].tolist()
+        assert torch.equal(h[i], all_h[i, 1 + p:1 + p + 8])
+        assert prefix['seen'][i].tolist() == [False] * (4 - p) + [True] * p
+        assert torch.equal(prefix['context'][i, 4 - p:], all_h[i, 1:1 + p])
+    shown = o._prefix([b.ids[i, 1:1 + int(start[i])].tolist() for i in range(8)])       # what the sampler builds
+    assert torch.equal(shown['seen'], prefix['seen'][:8])
+    torch.testing.assert_close(shown['context'][shown['seen']], prefix['context'][:8][shown['seen']])
+    short = o.prepare(replace(batch, ids=torch.cat([batch.ids[:, :3], 0 * batch.ids[:, 3:]], 1)), 0)
+    assert short.noise['start'].max() <= 2                                      # not behind the end of the text
+
+
+def test_unseen_prefix_does_not_matter():
+    o = tiny(prefix_len=4)
+    z, mods = torch.randn(2, 8, 32), o.model.modulations(torch.tensor([0.3, 0.6]))
+    seen = torch.tensor([[False, False, True, True]] * 2)
+    context = torch.randn(2, 4, 24)
+    changed = context.clone(); changed[:, :2] = 9
+    out = [o.model.denoise(z, mods, z * 0, c, seen) for c in (context, changed, context.flip(1))]
+    torch.testing.assert_close(out[0], out[1])
+    assert (out[0] - out[2]).abs().max() > 1e-4
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
+def sizes(**kw):
+    with torch.device('meta'): model = LatentModel(LatentConfig(**kw))
+    return model
+
+
+def test_parameters_of_the_papers_table():
+    """49.5M per Perceiver, 66.9M token decoder with its head, 131.5M DiT (positions and queries aside)."""
+    m = sizes(vocab_size=50257, feature_dim=768, max_seq_len=129)
+    for part, millions in (('encoder', 49.5), ('decoder', 49.5), ('dit', 131.5)):
+        assert m.n_params(False, part) / 1e6 == pytest.approx(millions, rel=1.2e-3), part
+    assert (m.n_params(part='token_decoder') + m.n_params(part='head')) / 1e6 == pytest.approx(66.9, rel=1e-3)
+
+
+@pytest.mark.parametrize('d, n_ff, table', [
+    (2048, 5464, dict(encoder=268.7, decoder=268.7, token_decoder=134.3, head=508.8, dit=205.6, total=1386)),
+    (5120, 13656, dict(encoder=1678.3, decoder=1678.3, token_decoder=839.1, head=1271.6, dit=1284.7, total=6752))])
+def test_parameters_of_the_readmes_table(d, n_ff, table):
+    m = sizes(vocab_size=248320, feature_dim=d, max_seq_len=65, n_embd=d, n_head=d // 128, n_ff=n_ff, n_layer=4,
+              perceiver_layers=4, decoder_layers=2, perceiver_block='split', dit_adaln=False)
+    for part, millions in table.items():
+        assert m.n_params(part='' if part == 'total' else part) / 1e6 == pytest.approx(millions, rel=1e-3), part
+
+
+# ---- encoder and data --------------------------------------------------------------------------------------
+def test_encoder_is_hidden_states_of_transformers(tmp_path):
+    """Of our own checkpoint and of GPT-2 by transformers, at any layer; later blocks are gone; not a submodule."""
+    from transformers import AutoModel, GPT2Config, GPT2Model
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, 9))
+    Transformer(ModelConfig(vocab_size=64, n_layer=4, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16)
+                ).save_pretrained(tmp_path / 'own')
+    GPT2Model(GPT2Config(n_layer=4, n_head=2, n_embd=32, vocab_size=64, bos_token_id=0, eos_token_id=0)
+              ).save_pretrained(tmp_path / 'gpt2')
+    for kind in ('own', 'gpt2'):
+        model = AutoModel.from_pretrained(tmp_path / kind)
+        with torch.no_grad(): states = model.eval()(ids, output_hidden_states=True).hidden_states
+        for layer in (-1, -2, -3, 1):
+            encoder = Encoder(tmp_path / kind, layer)
+            torch.testing.assert_close(encoder.features(ids), states[layer], atol=1e-5, rtol=1e-4)
+        assert (encoder.width, encoder.vocab_size) == (32, 64)
+        with pytest.raises(SystemExit, match='has 4 blocks'): Encoder(tmp_path / kind, -5).load()
+    assert len(Encoder(tmp_path / 'own', -3).load().model.layers) == 2
+    with pytest.raises(SystemExit, match='not the one'): Encoder(tmp_path / 'own', -3, hash='1234').load()
+    o = tiny(str(tmp_path / 'own'))
+    assert not any('norm.weight' == n or 'embed' in n for n in o.state_dict())
+    assert sum(p.numel() for p in o.parameters()) == o.model.n_params()
+
+
+def test_feature_statistics_are_per_dimension_and_skip_the_sink():
+    o, batch = tiny(), rows(64)
+    raw = o.encoder.features(batch.ids)
+    o.start([part(batch, 0, 32), part(batch, 32, 64)])
+    h = raw[:, 1:].flatten(0, 1)
+    want = torch.stack([h.mean(0), h.std(0, correction=0)])
+    torch.testing.assert_close(o.model.feature_stats, want, atol=1e-4, rtol=1e-3)
+
+
+def test_one_chunk_per_row_filled_with_eos(tmp_path):
+    doc, offset, length, slot = lay_out(np.array([5, 12, 3]), 6, alone=True)
+    assert (slot % 6).tolist() == [0] * 5 and doc.tolist() == [0, 1, 1, 1, 2] and length.tolist() == [5, 6, 6, 2, 3]
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps(dict(text='ab' * n)) + '\n' for n in range(1, 20)))
+    prepare(str(tmp_path / 'x.jsonl'), str(tmp_path / 'd'), tokenizer='bytes', val_fraction=0.2)
+    corpus, eos = Corpus(tmp_path / 'd', 'train', 12, alone=True), byte_tokenizer().eos_id
+    batch = corpus.batch(0, 0, 8, 8, 0)
+    assert batch.n_targets == 8 * 11 and batch.is_target[:, 1:].all() and not batch.is_target[:, 0].any()
+    assert (batch.doc == 0).all() and (batch.pos == torch.arange(12)).all()
+    for row in batch.ids:
+        text = row[1:]
+        end = (text == eos).nonzero()
+        assert len(end) == 0 or (text[end[0, 0]:] == eos).all()                 # nothing after the end
+    assert Corpus(tmp_path / 'd', 'train', 12).n_targets < corpus.n_targets
+
+
+def test_likelihood_is_refused_with_a_reason():
+    with pytest.raises(NotImplementedError, match='no likelihood'): tiny().nelbo(rows(2))
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+def test_checkpoint_round_trip(tmp_path):
+    tok = byte_tokenizer()
+    o = tiny(f'random:24:{tok.vocab_size}', prefix_len=4, settings=dict(sigma_dec=1.5, encoder_warmup=7))
+    o.eos_id = o.separator = tok.eos_id
+    for _ in range(3): o.after_step(o(o.prepare(rows(4), 0))[1])
+    path = checkpoint.save_checkpoint(tmp_path, 'step', o, tok, dict(step=3))
+    again, tok2 = checkpoint.load_checkpoint(str(tmp_path))
+    assert again.dlm == o.dlm and again.settings['sigma_dec'] == 1.5 and again.encoder.model is None
+    for (n, a), b in zip(o.state_dict().items(), again.state_dict().values(), strict=True): assert torch.equal(a, b), n
+    assert again.sample([[5]], 8, n_steps=2)[0] == o.sample([[5]], 8, n_steps=2)[0]
+    assert tok2.encode('a') == tok.encode('a') and (path / 'config.json').exists()
+    with pytest.raises(SystemExit, match='--encoder'): checkpoint.load_checkpoint(str(tmp_path), 'mdm')
+
+
+def test_ema():
+    model = Transformer(ModelConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16))
+    o = AR(model, separator=0, eos_id=0)
+    w = model.norm.weight
+    ema, want = checkpoint.EMA(o, 0.9), 1.0
+    for step in range(30):
+        w.data.fill_(float(step))
+        ema.update(step)
+        d = min(0.9, (1 + step) / (10 + step))
+        want = d * want + (1 - d) * step
+    with ema.applied():
+        assert w[0].item() == pytest.approx(want, rel=1e-5)
+        assert ema.raw()['model.norm.weight/raw'][0] == 29
+    assert w[0] == 29
+    none = checkpoint.EMA(o, 0.0)
+    none.update(3)
+    with none.applied(): assert w[0] == 29
+
+
+# ---- it learns ---------------------------------------------------------------------------------------------
+SENTENCES = ["the cat sat on a mat", "a dog ran in the park", "we saw two red birds", "rain fell all night",
+             "she sold sea shells", "time flies like an arrow", "he read an old book", "it was a dark night"]
+
+
+def train_on(docs, T, steps, n_rows=32, lr=4e-3, settings=None, **kw):
+    """An LDLM on random draws of `docs`, EOS-filled, with Adam and an EMA."""
+    torch.manual_seed(0)
+    encoder = Encoder('random:32:64').load()
+    size = dict(n_embd=64, n_head=2, n_ff=128, n_layer=2, perceiver_layers=1, decoder_layers=1)
+    model = LatentModel(LatentConfig(vocab_size=64, feature_dim=32, max_seq_len=T, **size, **kw))
+    o = LDLM(encoder, model, 0, 0, **dict(sigma_dec=2.0, encoder_warmup=100) | (settings or {}))
+    opt = torch.optim.AdamW(o.param_groups(0.0), lr=lr, betas=(0.9, 0.98))
+    ema = checkpoint.EMA(o, 0.97)
+    ids = torch.tensor([d + [0] * (T - len(d)) for d in docs])
+    batch = lambda step: batch_from_documents(
+        ids[torch.randint(len(ids), (n_rows,), generator=torch.Generator().manual_seed(step))].tolist(), step=step)
+    o.start([batch(0)])
+    for step in range(steps):
+        for group in opt.param_groups: group['lr'] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+        loss, stats = o(o.prepare(batch(step), 0))
+        opt.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(o.parameters(), 1.0)
+        opt.step(); ema.update(step); o.after_step(stats)
+    ema._swap()
+    return o, batch
+
+
+def test_overfits_eight_sentences_through_the_whole_sampler():
+    """From noise, 32 steps of DDIM and the decoders give back the eight sentences: > 99% of the tokens are those of the
+    nearest one, and at most one sentence is missing (a collapsed latent
+    space writes one or two)."""
+    words = ['', *sorted({w for s in SENTENCES for w in s.split()})]
+    docs = [[0, *map(words.index, s.split())] for s in SENTENCES]
+    o, batch = train_on(docs, 9, 500, perceiver_skip=False)
+    padded = [d[1:] + [0] * (9 - len(d)) for d in docs]
+    val = o.validate([batch(0)], 0)
+    assert val['accuracy'] > 0.99
+    out, nfe = o.sample([[]] * 64, 8, n_steps=32, seed=1)
+    rows = [row + [0] * (8 - len(row)) for row in out]
+    right = [max((sum(a == b for a, b in zip(row, d)), i) for i, d in enumerate(padded)) for row in rows]
+    assert sum(n for n, _ in right) / (64 * 8) > 0.99 and nfe == 32
+    assert len({i for _, i in right}) >= 7
+
+
+def test_the_true_prefix_helps():
+    """Rows that repeat a word: with its own prefix the next chunk is easier to denoise than with another row's or with
+    none, and the sampler goes on with the word."""
+    docs = [[0] + [a] * 10 for a in range(1, 41)]
+    o, batch = train_on(docs, 11, 200, prefix_len=4)
+    b = o.prepare(batch(9999), 0)
+    t = torch.full_like(b.noise['xi'], 0.9)
+    b = replace(b, noise=b.noise | dict(start=torch.full_like(b.noise['start'], 4)))
+    with torch.no_grad():
+        _, h, prefix = o._window(b)
+        z0 = o.model.normalise(o.model.encode(h))
+        loss = lambda p: (o._denoise(z0, t, b.noise['seed'], b.noise['guess'], p) - z0).square().mean().item()
+        true, other = loss(prefix), loss(dict(prefix, context=prefix['context'].roll(1, 0)))
+        none = loss(dict(prefix, seen=torch.zeros_like(prefix['seen'])))
+    assert true < 0.7 * other and true < 0.8 * none, (true, none, other)
+    out, _ = o.sample([[7] * 4, [23] * 4], 6, n_steps=16)
+    assert sum(a == b for row, b in zip(out, (7, 23)) for a in row[4:]) >= 8, out
