@@ -40,7 +40,7 @@ OBJECTIVES = {'ar': AR, 'mdm': MDM, 'ldlm': LDLM}
 
 def make_objective(name: str, model: Transformer, **settings) -> Objective:
     """The objective of that name on `model`; settings that its constructor does not know are left out."""
-    if name not in OBJECTIVES: raise SystemExit(f"objective must be {' or '.join(OBJECTIVES)}, got {name!r}")
+    if name not in OBJECTIVES: raise SystemExit(f"objective must be ar, mdm or ldlm, got {name!r}")
     known = inspect.signature(OBJECTIVES[name]).parameters
     return OBJECTIVES[name](model, **{k: v for k, v in settings.items() if k in known})
 

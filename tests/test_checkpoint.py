@@ -180,7 +180,7 @@ def test_a_foreign_model_opens_as_ar(foreign):
     obj, tok = load_checkpoint(foreign(320))
     assert isinstance(obj, AR) and obj.model.cfg.causal and obj.mask_id is None
     assert obj.separator is None and obj.eos_id == tok.eos_id == 256                # its prompts stay raw
-    with pytest.raises(SystemExit, match="objective must be ar or mdm, got 'diffusion'"):
+    with pytest.raises(SystemExit, match="objective must be ar, mdm or ldlm, got 'diffusion'"):
         load_checkpoint(foreign(320), 'diffusion')
 
 

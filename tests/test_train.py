@@ -342,7 +342,7 @@ def test_a_foreign_model_brings_its_tokenizer(train, corpus):
     (dict(global_batch_size=6, micro_batch_size=4), 'a multiple of processes x micro_batch_size = 1 x 4'),
     (dict(global_batch_size=0), 'global_batch_size 0 must be a multiple'),
     (dict(optimizer='sgd'), "optimizer must be adamw or muon, got 'sgd'"),
-    (dict(objective='xyz'), "objective must be ar or mdm, got 'xyz'"),
+    (dict(objective='xyz'), "objective must be ar, mdm or ldlm, got 'xyz'"),
     (dict(weighting='x'), "weighting must be elbo, flat or planner, got 'x'"),
     (dict(n_head=3), 'n_embd 32 must be a multiple of n_head 3'),
     (dict(n_kv_head=4), 'and that of n_kv_head 4'),
