@@ -53,6 +53,7 @@ encoder = ''                        # the frozen language model: out_dir, direct
                                     # random:<width>:<vocabulary>
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
+encoder_cache = ''                  # folder: each row is encoded once, 2 x seq_len x width bytes on disk; '' = no
 encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = at once
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
@@ -204,7 +205,8 @@ if resume_from:
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
         val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
-        export_dtype push_to_hub result device compile deterministic out_dir data_dir encoder_device'''.split())
+        export_dtype push_to_hub result device compile deterministic out_dir data_dir encoder_device
+        encoder_cache'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
     refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
@@ -240,7 +242,7 @@ if world > 1: dist.init_process_group('nccl' if on_gpu else 'gloo')
 
 # ---- model -------------------------------------------------------------------------------------------------
 opened = functools.partial(checkpoint.load_checkpoint, weighting=weighting, t_min=t_min,
-                           encoder_device=encoder_device)
+                           encoder_device=encoder_device, encoder_cache=encoder_cache)
 if resume_from: obj, tok = opened(str(resume_from))
 elif not fresh:
     obj, tok = opened(init_from, objective)
@@ -248,7 +250,7 @@ elif not fresh:
 elif objective == 'ldlm':
     if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
-    frozen = Encoder(encoder, encoder_layer, encoder_device).load()
+    frozen = Encoder(encoder, encoder_layer, encoder_device, encoder_cache).load()
     cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
                           and f.name != 'vocab_size'})

@@ -131,7 +131,7 @@ def test_watch_counts_tokens_and_shows_nothing_in_a_pipe(capsys):
 # -- the script ---------------------------------------------------------------------------------------------
 
 FIELDS = set("""out_dir objective prompt infill text completion sample n max_new_tokens nfe
-n_steps temperature top_k top_p commit score remask tau block_len seed""".split())
+n_steps temperature top_k top_p commit score remask tau block_len eta time_grid seed""".split())
 
 
 def test_infilling_in_a_process_of_its_own(mdm_dir, tmp_path):
