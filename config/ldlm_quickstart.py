@@ -1,7 +1,7 @@
 # A latent diffusion model of Python code on the features of a small autoregressive model of our own, on two CPU cores.
 #   python train.py config/quickstart.py --objective=ar --out_dir=out/quickstart_ar      # the encoder: three minutes
 #   python train.py config/ldlm_quickstart.py
-# Sizes and noise are our suggestion [S]: sigma_dec = 2 and one latent of 128 per token hold up to 20 bits per token.
+# Sizes and noise are our suggestion [S]: sigma_dec = 1 and one latent of 128 per token hold up to 64 bits per token.
 objective = 'ldlm'
 out_dir = 'out/ldlm_quickstart'
 encoder = 'out/quickstart_ar'
@@ -16,8 +16,8 @@ n_ff = 336
 n_layer = 4
 perceiver_layers = 2
 decoder_layers = 1
-sigma_dec = 2.0
-encoder_warmup = 200
+sigma_dec = 1.0
+encoder_warmup = 1000       # longer than the run: the encoder feels at most 5% of the denoiser, see LOG.md
 global_batch_size = 32
 max_iters = 500
 ema_decay = 0.99

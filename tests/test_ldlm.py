@@ -304,7 +304,7 @@ def test_prefix_windows():
     start = b.noise['start']
     assert start.min() == 0 and start.max() == 4 and (start == 0).float().mean() > 0.2
     ids, h, prefix = o._window(b)
-    all_h = o._features(b.ids)
+    all_h = o._normed(o.encoder.features(b.ids))
     for i in range(8):
         p = int(start[i])
         assert ids[i].tolist() == b.ids[i, 1 + p:1 + p + 8].tolist()
@@ -376,6 +376,23 @@ def test_encoder_is_hidden_states_of_transformers(tmp_path):
     o = tiny(str(tmp_path / 'own'))
     assert not any('norm.weight' == n or 'embed' in n for n in o.state_dict())
     assert sum(p.numel() for p in o.parameters()) == o.model.n_params()
+
+
+def test_cache_encodes_a_row_once(tmp_path):
+    """Also for the next process, and after a crash in the middle of a row; what is not in the cache is added."""
+    def encoder():
+        e = Encoder('random:24:64', cache=str(tmp_path))
+        e.calls, plain = [], e.features
+        e.features = lambda ids: e.calls.append(len(ids)) or plain(ids)
+        return e
+    ids, first = rows(6).ids, encoder()
+    want = first.features(ids).bfloat16().float()
+    assert torch.equal(first.cached(ids[:4]), want[:4]) and torch.equal(first.cached(ids[1:]), want[1:])
+    assert first.calls == [6, 4, 2]
+    keys = next(tmp_path.rglob('*.keys'))
+    keys.write_bytes(keys.read_bytes()[:-7])                                    # the last key was cut off
+    second = encoder()
+    assert torch.equal(second.cached(ids.flip(0)), want.flip(0)) and second.calls == [1]
 
 
 def test_feature_statistics_are_per_dimension_and_skip_the_sink():
