@@ -70,9 +70,8 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=tor
 
     What our checkpoints remember (objective, shift, mask_id, separator) comes from them. A foreign one opens
     as 'ar'; as 'mdm' it gets shift=True and find_mask_id's mask. objective, shift and mask_id override.
-    encoder_device: where the frozen encoder of ldlm works; '' = with the rest; encoder_cache: a folder for its features.
-    training: settings that only training
-    needs (weighting, t_min, teacher, ...), see the objectives."""
+    encoder_device: where the frozen encoder of ldlm works, '' = with the rest; encoder_cache: folder for its features.
+    training: settings that only training needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
     where = path if gguf_path(path) else resolve(path)
     dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
