@@ -557,7 +557,9 @@ class LDLM(Objective):
         encoder = Encoder(**dlm['encoder'], device=encoder_device, cache=encoder_cache)
         return cls(encoder, model, dlm['separator'], dlm['eos_id'], **dlm['settings'])
 
-    def loss_at_start(self): return f"1 (latents) + 1 (features) + ln {self.model.cfg.vocab_size} (tokens)"
+    def loss_at_start(self):
+        V = self.model.cfg.vocab_size
+        return f"1 (latents) + 1 to 2 (features) + ln {V} = {math.log(V):.2f} (tokens)"
 
     # -- training
     @torch.no_grad()
@@ -614,6 +616,10 @@ class LDLM(Objective):
                                         **{k: x[guess] for k, x in prefix.items()})
         return m.denoise(zt, mods, z_sc, **prefix)
 
+    def _decode(self, z):
+        """The decoder's input has variance 1 in training, noise included; without noise it is as much smaller."""
+        return self.model.decode(z * (1 + self.settings['sigma_dec'] ** 2) ** -0.5)
+
     def forward(self, batch):
         """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
         m, s, noise = self.model, self.settings, batch.noise
@@ -623,7 +629,7 @@ class LDLM(Objective):
         z = z0.detach() + encoder_grad_scale(batch.step, s['encoder_warmup']) * (z0 - z0.detach())
         t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
         diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
-        h_hat = m.decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+        h_hat = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
         feat = (h_hat - h).square().mean((1, 2))
         states = m.token_states(h_hat.detach()).flatten(0, 1)                           # the token loss ends here
         w = noise['weight']
@@ -661,9 +667,9 @@ class LDLM(Objective):
             ids, h, prefix = self._window(batch)
             z0 = m.normalise(m.encode(h))
             guess = torch.arange(len(ids) * self.settings['self_cond'], device=ids.device)
-            z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), m.decode(z0)
+            z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), self._decode(z0)
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x)[0] == ids) * text).sum() for x in (h_hat, m.decode(z_hat))]
+            right = [((self._tokens(x)[0] == ids) * text).sum() for x in (h_hat, self._decode(z_hat))]
             errors = [(used * (a - b).square().mean((1, 2))).sum() for a, b in ((z_hat, z0), (h_hat, h))]
             sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
         if dist.is_initialized(): dist.all_reduce(sums)
@@ -743,7 +749,7 @@ class LDLM(Objective):
             seeds = torch.tensor(seeds, device=device)
             z = self.sample_latents(seeds, n_steps, eta, time_grid, self._prefix(texts), see)
             nfe += n_steps
-            for i, new in enumerate(self._tokens(self.model.decode(z))[0].tolist()):
+            for i, new in enumerate(self._tokens(self._decode(z))[0].tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end
                 done[i] |= self.eos_id in new
                 texts[i] = texts[i] + new
@@ -754,7 +760,7 @@ class LDLM(Objective):
         """What z_hat decodes to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
         rows, widest = [], max(map(len, prompts))
         sep = [] if self.separator is None else [self.separator]
-        for p, text, new, conf in zip(prompts, texts, *(x.tolist() for x in self._tokens(self.model.decode(z_hat)))):
+        for p, text, new, conf in zip(prompts, texts, *(x.tolist() for x in self._tokens(self._decode(z_hat)))):
             pad, keep = widest - len(p), len(sep) + widest + max_new_tokens
             rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + conf))
             rows[-1] = (rows[-1][0][:keep], rows[-1][1][:keep])
