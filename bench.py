@@ -565,7 +565,7 @@ def measure(f, inputs, answer, on_gpu):
     outs = f(*inputs)
     outs = [y for y in ([outs] if torch.is_tensor(outs) else outs) if y.requires_grad]
     torch.manual_seed(0)
-    douts = [torch.randn_like(y) for y in outs]
+    douts = [torch.randn(y.shape, device=y.device).to(y) for y in outs]     # randn_like goes by strides
     backward = lambda: torch.autograd.grad(outs, inputs, douts, retain_graph=True)
     found = [x.detach() for x in (*outs, *backward())]
     peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if on_gpu else None
