@@ -590,6 +590,7 @@ def run_kernels(c):
     rows = [dict(kernel='roof', way='matmul', teraflops=roof['FLOP'] / 1e12),
             dict(kernel='roof', way='copy', gb_per_s=roof['bytes'] / 1e9)]
     for name, make in kernel_cases(c).items():
+        torch.compiler.reset()
         inputs, rest, unit, cost, others = make()
         ours, ref = ((lambda *x, f=getattr(K, f), rest=rest: f(*x, *rest)) for f in (name, f'{name}_ref'))
         answer = None
