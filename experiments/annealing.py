@@ -20,7 +20,7 @@ import checkpoint
 from kernels import Ranges
 from repr_align import ReprAlign
 
-STEPS = 150
+STEPS = 120
 
 
 def opened(ranges, ahead):

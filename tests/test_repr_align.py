@@ -408,7 +408,7 @@ def test_annealing_opens_the_mask_and_raises_the_noise(monkeypatch):
     finally: [checkpoint.OBJECTIVES.pop(name, None) for name in ('opening', 'warming')]
     batch, kw = packed(), dict(align_weight=3.0)
     seen = ranges_to_mask(batch.ranges)[:, 0]
-    for step, ahead in ((0, 0), (75, 3), (150, 20)):                    # 20 ** 0.5 - 1
+    for step, ahead in ((0, 0), (60, 3), (120, 20)):                    # round(20 ** 0.5) - 1
         got = annealing.Opening(backbone(), backbone(), MASK, **kw).prepare(replace(batch, step=step), seed=0)
         q, k = got.ranges
         mask = ranges_to_mask(got.ranges)[:, 0]
@@ -419,5 +419,5 @@ def test_annealing_opens_the_mask_and_raises_the_noise(monkeypatch):
     for kind in (annealing.Opening, annealing.Warming):
         obj = kind(backbone(), backbone(), MASK, **kw)
         assert torch.equal(obj.prepare(replace(batch, step=150), seed=0).noise['xt'], same.noise['xt'])
-    t = [annealing.Warming(backbone(), backbone(), MASK, **kw).draw_t(replace(batch, step=s), 0) for s in (0, 74, 149)]
+    t = [annealing.Warming(backbone(), backbone(), MASK, **kw).draw_t(replace(batch, step=s), 0) for s in (0, 59, 119)]
     assert t[0].max() < 0.01 and 0.25 < t[1].max() <= 0.5 < t[2].max() and t[0].min() >= 1e-3
