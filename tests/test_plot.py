@@ -1,9 +1,14 @@
 """The table and the figure of the alignment arms, on made-up results."""
+import importlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 import plot
+
+ROOT = Path(__file__).parent.parent
 
 
 def write(folder, arm, seed, curve, tokens_per_s=1e5):
@@ -53,3 +58,16 @@ def test_the_cost_of_alignment(folder):
     (folder / 'bench_align.json').write_text(json.dumps(dict(results=rows, config=config, hardware='GPU')))
     text = plot.alignment()
     assert '1.40' in text and '140.0k' in text and 'transformers' not in text           # who disagrees has no speed
+
+
+def test_the_arms_are_runs_of_train(monkeypatch):
+    """Every word of every arm is a key of train.py, every arm has a place in the table, and groups have equal steps."""
+    monkeypatch.syspath_prepend(ROOT / 'experiments')
+    experiment = importlib.import_module('alignment')
+    assert {*experiment.ARMS} == {*plot.ARMS, 'own_ar'}
+    keys, n_steps = re.findall(r'(?m)^(\w+) = ', (ROOT / 'train.py').read_text()), {}
+    for arm, words in experiment.ARMS.items():
+        words = f'{experiment.ALL} {words}'.split()
+        for word in words: assert (ROOT / word).is_file() or re.match(r'--(\w+)=.', word)[1] in keys
+        n_steps[arm] = [w for w in words if w.startswith('--max_iters=')][-1]
+    for arm, (_, goal) in plot.ARMS.items(): assert n_steps[arm] == n_steps[goal], arm
