@@ -5,7 +5,7 @@
     python bench.py train --largest=true    # each peer at the largest micro-batch that fits
     python bench.py train --profile=true    # where the milliseconds of our step go; a chrome trace in out_dir
     python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows
-    python bench.py align config/bench_smollm2.py --packed=true     # what alignment and frozen layers cost or save
+    python bench.py align config/bench_smollm2.py      # what alignment and frozen layers cost or save
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
     python bench.py sandbox                 # programs per second, and what the isolation costs
     python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 --batch=4 \\

@@ -1,4 +1,6 @@
-# For bench.py: the shape of SmolLM2-135M, rows as in config/repr_align_smollm2.py.
+# For bench.py: the shape of SmolLM2-135M, rows about as in config/repr_align_smollm2.py.
+packed = True
+doc_len = 1000.0
 batch = 32
 vocab_size = 49152
 n_layer = 30
