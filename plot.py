@@ -5,6 +5,7 @@
     python plot.py --table_of=results/eval_a.json,results/eval_b.json --out=table.csv      # or .md; '' = the screen
     python plot.py --pass_at_k=results/eval_a.json,results/eval_b.json --out=pass_at_k.png
     python plot.py --sweep=results/sweep.json --metric=pass@1 --out=sweep.png
+    python plot.py --curves=results/a.json,results/b.json --metric=loss --x=minutes --out=curves.png   # of train.py
 """
 import csv
 import io
@@ -164,8 +165,9 @@ def arms():
         runs = [json.loads(f.read_text()) for f in files]
         if not runs: continue
         speed = mean(r['tokens_per_s'] for r in runs)
-        steps, bits_per_byte = zip(*((float(at[0][0]), mean(b for _, _, b in at)) for at in zip(*(
-            r['curve'] for r in runs))))
+        curves = [[(float(p['step']), p['val_bits_per_byte']) for p in r['curve'] if 'val_bits_per_byte' in p]
+                  for r in runs]
+        steps, bits_per_byte = zip(*((at[0][0], mean(b for _, b in at)) for at in zip(*curves)))
         minutes = [step * runs[0]['tokens'] / runs[0]['steps'] / speed / 60 for step in steps]
         found[arm] = dict(runs=runs, speed=speed, steps=steps, minutes=minutes, bits=bits_per_byte)
     return found
@@ -287,7 +289,7 @@ def results_table(files, as_csv=False):
     return text.getvalue()
 
 
-def figure(title, xlabel, ylabel, lines, out, log_x=False, beside=None):
+def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None):
     """lines: {label: (xs, ys)}. beside: xlabel and lines of a second panel."""
     try:
         import matplotlib
@@ -298,15 +300,15 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, beside=None):
     panels = [(xlabel, lines), *([beside] if beside else [])]
     fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
     for ax, (xlabel, lines) in zip(axes[0], panels):
-        for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker='o', ms=4, lw=1.6, label=label)
+        for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
         if log_x:
             ax.set_xscale('log')
             ticks = sorted({x for xs, _ in lines.values() for x in xs})
             ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
             ax.minorticks_off()
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else '')
-        if all(isinstance(x, int) for xs, _ in lines.values() for x in xs): ax.set_xticks(range(1, 1 + max(map(
-            max, (xs for xs, _ in lines.values())))))
+        if marker and all(isinstance(x, int) for xs, _ in lines.values() for x in xs):
+            ax.set_xticks(range(1, 1 + max(max(xs) for xs, _ in lines.values())))
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
         if len(lines) > 1 and ax is axes[0, -1]: ax.legend(frameon=False, fontsize=8)
@@ -347,26 +349,39 @@ def sweep_lines(result, metric):
     return first, lines
 
 
+def training_curves(files, metric, x):
+    """{file's name: (xs, ys)} from train.py's results: lines of metrics.jsonl that have both keys."""
+    lines = {}
+    for file in files:
+        points = [p for p in json.loads(Path(file).read_text()).get('curve', []) if metric in p and x in p]
+        if not points: raise SystemExit(f"{file} has no curve of {metric!r} over {x!r}")
+        lines[Path(file).stem] = [p[x] for p in points], [p[metric] for p in points]
+    return lines
+
+
 if __name__ == '__main__':
     check = False               # only compare README.md with results/
     table_of = ''               # comma list of eval.py's results
     pass_at_k = ''              # comma list of eval.py's results with n_samples > 1
     sweep = ''                  # one result of eval.py --sweep
     metric = 'pass@1'           # of the sweep: pass@1, pass@10, exact_match, gen_ppl, bits_per_byte, token_entropy, ...
+    curves = ''                 # comma list of train.py's results; metric: a key of metrics.jsonl, loss or val_...
+    x = 'step'                  # of the curves: step, minutes or tokens
     out = ''                    # .md, .csv or .png
     from configurator import configure
     configure(globals(), quiet=True)
-    if (pass_at_k or sweep) and not out.endswith(('.png', '.pdf', '.svg')):
+    if (pass_at_k or sweep or curves) and not out.endswith(('.png', '.pdf', '.svg')):
         raise SystemExit("a figure needs --out=x.png (or .pdf, .svg)")
     if table_of and not out.endswith(('.md', '.csv')) and out: raise SystemExit("a table needs --out=x.md or x.csv")
     if out and not Path(out).parent.is_dir(): raise SystemExit(f"no directory {Path(out).parent}")
-    for file in filter(None, f'{table_of},{pass_at_k},{sweep}'.split(',')):
+    for file in filter(None, f'{table_of},{pass_at_k},{sweep},{curves}'.split(',')):
         if not Path(file).is_file(): raise SystemExit(f"no such file: {file}")
     if table_of:
         text = results_table(table_of.split(','), out.endswith('.csv'))
         if out: Path(out).write_text(text)
         print(text, end='')
     elif pass_at_k: pass_at_k_curves(pass_at_k.split(','), out)
+    elif curves: figure('', x, metric, training_curves(curves.split(','), metric, x), out, marker='')
     elif sweep:
         result = eval_result(sweep)
         key, lines = sweep_lines(result, metric)

@@ -9,8 +9,7 @@
     python plot.py
 
 Tokens, validation and, for equal seeds, the order of the data are those of the other arms of its group. An arm whose
-results/alignment_<arm>_<seed>.json exists is left alone; one that was cut short starts again. The result holds the
-curve: [step, minutes with compilation and validation, bits/byte].
+results/alignment_<arm>_<seed>.json exists is left alone; one that was cut short starts again.
 """
 import json
 import os
@@ -26,7 +25,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from checkpoint import write_json
 from configurator import configure
 
 ALL = '''config/repr_align_smollm2.py --max_iters=240 --warmup_iters=30 --eval_interval=20 --eval_rows=64 --eval_draws=2
@@ -77,16 +75,13 @@ def run(arm, seed):
     with open(f'{out}.log', 'w') as log:
         failed = subprocess.run(
             [sys.executable, ROOT / script, *ALL.split(), *words, f'--seed={seed}', f'--out_dir={out}',
-             f'--max_minutes={minutes}', *extra.split()],
+             f'--result={result.resolve()}', f'--max_minutes={minutes}', *extra.split()],
             stdout=log, stderr=log, cwd=ROOT, env=os.environ | dict(CUDA_VISIBLE_DEVICES=gpu)).returncode
     gpus.put(gpu)
     if failed:
         print(f'{name}: FAILED', *Path(f'{out}.log').read_text().splitlines()[-5:], sep='\n', flush=True)
         raise RuntimeError(name)
-    lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
-    facts = json.loads((out / 'result.json').read_text())
-    facts['curve'] = [[x['step'], x['minutes'], x['val_bits_per_byte']] for x in lines if 'val_bits_per_byte' in x]
-    write_json(result, facts)
+    facts = json.loads(result.read_text())
     for old in out.glob('step-*'): shutil.rmtree(old)                   # its optimizer's state
     print(f"{name}: {facts['validation']['bits_per_byte']:.3f} bits/byte, {facts['steps']} steps, "
           f"{facts['tokens_per_s'] or 0:,.0f} tokens/s, {facts['wall_minutes']:.1f} minutes", flush=True)

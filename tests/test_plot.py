@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 def write(folder, arm, seed, curve, tokens_per_s=1e5):
     v = dict(bits_per_byte=curve[-1] + 0.01 * seed, estimator='upper bound, count')
     r = dict(tokens=6_000_000, steps=60, tokens_per_s=tokens_per_s, peak_gib=10.0, validation=v,
-             curve=[[20 * i, 0.0, b] for i, b in enumerate(curve)])
+             curve=[dict(step=20 * i, val_bits_per_byte=b) for i, b in enumerate(curve)] + [dict(step=1, loss=3.0)])
     (folder / f'alignment_{arm}_{seed}.json').write_text(json.dumps(r))
 
 
