@@ -5,6 +5,7 @@
     python bench.py train --largest=true    # each peer at the largest micro-batch that fits
     python bench.py train --profile=true    # where the milliseconds of our step go; a chrome trace in out_dir
     python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows up to the largest
+    python bench.py align config/bench_smollm2.py      # what alignment and frozen layers cost or save
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
     python bench.py sandbox                 # programs per second, and what the isolation costs
     python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 --batch=4 \\
@@ -16,6 +17,7 @@ to 1.0, fused AdamW, zero_grad. Noise and attention masks are made before the cl
 and gradient agree with an fp32 reference computed row by row. MFU counts what has to be computed, the same for all:
 the head at masked rows, attention inside documents.
 """
+import functools
 import gc
 import importlib
 import inspect
@@ -45,6 +47,7 @@ from checkpoint import provenance, write_json
 from data import Batch
 from mdm import MDM
 from model import ModelConfig, Transformer
+from repr_align import ReprAlign
 
 PEERS = dict(                                   # compact: only masked rows reach the head
     hf_eager=dict(),
@@ -57,7 +60,13 @@ PEERS = dict(                                   # compact: only masked rows reac
     flex=dict(attn='flex', compiled=True, compact=True),        # these two for packed rows only
     varlen=dict(attn='varlen', compiled=True, compact=True),
     ours_eager=dict(),
-    ours=dict(compiled=True))
+    ours=dict(compiled=True),
+    # from here on for `align`: all layers, weight 10
+    ours_align=dict(compiled=True, align=True),
+    ours_freeze=dict(compiled=True, freeze='mlp'),
+    ours_align_freeze=dict(compiled=True, align=True, freeze='mlp'),
+    ours_stacked=dict(compiled=True, align='stacked'),          # the alignment as Open-dLLM computes it, else as ours
+    hf_stacked=dict(compiled=True, compact=True, align='stacked'))
 
 # ---- the common task ---------------------------------------------------------------------------------------
 
@@ -118,9 +127,9 @@ class LigerCE(torch.autograd.Function):
         return *(grad * g.to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 
-def attention_of(kind, doc):
+def attention_of(kind, doc, causal=False):
     """What goes to transformers as the attention mask. doc (B, T): the document of each token. SDPA: a dense mask, or
-    None for rows of one document; else the attention itself, (B, H, T, hd) -> (B, T, H, hd)."""
+    None for rows of one document; else the attention itself, (B, H, T, hd) -> (B, T, H, hd). causal: SDPA only."""
     B, T = doc.shape
     if kind == 'flex':
         blocks = create_block_mask(lambda b, h, i, j: doc[b, i] == doc[b, j], B, None, T, T, device=doc.device)
@@ -133,7 +142,27 @@ def attention_of(kind, doc):
         more, flat = dict(enable_gqa=True) if gqa else {}, lambda x: x.transpose(1, 2).flatten(0, 1)
         return lambda q, k, v: varlen_attn(flat(q), flat(k), flat(v), starts, starts, longest, longest, **more
                                            ).unflatten(0, (B, T))
-    return (doc[:, :, None] == doc[:, None])[:, None] if doc.any() else None            # (B, 1, T, T)
+    if not doc.any(): return None
+    mask = (doc[:, :, None] == doc[:, None])[:, None]                                   # (B, 1, T, T)
+    return mask.tril() if causal else mask
+
+
+def stacked_alignment(mine, its, rows, n_targets):
+    """Open-dLLM's way: every layer's states of both models at every position, stacked in fp32; 10 is its weight.
+    The teacher's state for token i is at i - 1."""
+    s, t = (torch.stack([h.float() for h in states]) for states in (mine, its))         # (L, B, T, D)
+    apart = 1 - F.cosine_similarity(s[:, :, 1:], t[:, :, :-1], dim=-1)                  # (L, B, T - 1)
+    masked = torch.zeros(s.shape[1] * s.shape[2], device=s.device).index_fill_(0, rows, 1).view(s.shape[1:3])
+    return 10 * 2 / n_targets * (apart.mean(0) * masked[:, 1:]).sum()
+
+
+class Stacked(ReprAlign):
+    def forward(self, batch):
+        noise, mine, its = batch.noise, [], []
+        with torch.no_grad():           # with its head, whose logits nobody reads
+            self.teacher(batch.ids, ranges=batch.ranges, pos=batch.pos, tap=lambda i, h: its.append(h))
+        loss, stats = MDM.forward(self, batch, tap=lambda i, h: mine.append(h))
+        return loss + stacked_alignment(mine, its, noise['rows'][noise['real'] > 0], batch.n_targets), stats
 
 
 def attend(module, q, k, v, attention, **unused):
@@ -141,7 +170,7 @@ def attend(module, q, k, v, attention, **unused):
     return attention(q.to(v.dtype), k.to(v.dtype), v), None
 
 
-def load_hf(weights, spec):
+def load_hf(weights, spec, causal=False):
     if spec.get('liger'):
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2
         apply_liger_kernel_to_qwen2(rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False)
@@ -151,18 +180,21 @@ def load_hf(weights, spec):
     attn = 'documents' if 'attn' in spec else 'sdpa'
     disable_progress_bar()
     model = Qwen2ForCausalLM.from_pretrained(weights, dtype=torch.float32, attn_implementation=attn)
-    for layer in model.model.layers: layer.self_attn.is_causal = False  # newer versions read config.json's is_causal
+    for layer in model.model.layers: layer.self_attn.is_causal = causal # newer versions read config.json's is_causal
+    model.config.is_causal = causal
     return model
 
 
-def hf_loss(model, batch, spec, residual='fp32', first=0, last=None):
+def hf_loss(model, batch, spec, residual='fp32', first=0, last=None, teacher=None):
     """-> loss(): sum of w CE over the masked tokens of rows first..last, from the usual building blocks. Compact rows
-    are padded to a multiple of 64, which matrix units want."""
+    are padded to a multiple of 64, which matrix units want. teacher: stacked_alignment with it joins in."""
     noise, T, last = batch.noise, batch.ids.shape[1], last or len(batch.ids)
     xt, pos, targets = noise['xt'][first:last], batch.pos[first:last], batch.ids[first:last].flatten()
     mask = {'full_attention': attention_of(spec.get('attn'), batch.doc[first:last])}    # a dict is taken as it is
     mine = (noise['real'] > 0) & (noise['rows'] // T >= first) & (noise['rows'] // T < last)
     rows, w = noise['rows'][mine] - first * T, noise['a'][mine]
+    ids, masked, n_targets = batch.ids[first:last], rows, batch.n_targets
+    its_mask = {'full_attention': attention_of('', batch.doc[first:last], causal=True)}
     if spec.get('compact'):
         rows, w = (F.pad(x, (0, -len(x) % 64)) for x in (rows, w))
         targets = targets[rows]
@@ -173,13 +205,17 @@ def hf_loss(model, batch, spec, residual='fp32', first=0, last=None):
     def loss():
         x = model.model.embed_tokens(xt)
         if residual == 'bf16': x = x.bfloat16()
-        h = model.model(inputs_embeds=x, position_ids=pos, attention_mask=mask, use_cache=False).last_hidden_state
-        h, head = h.flatten(0, 1)[rows], model.lm_head.weight
+        more = dict(output_hidden_states=True) if teacher else {}
+        out = model.model(inputs_embeds=x, position_ids=pos, attention_mask=mask, use_cache=False, **more)
+        h, head, apart = out.last_hidden_state.flatten(0, 1)[rows], model.lm_head.weight, 0
+        if teacher:
+            with torch.no_grad(): its = teacher(ids, position_ids=pos, attention_mask=its_mask, use_cache=False, **more)
+            apart = stacked_alignment(out.hidden_states[1:], its.hidden_states[1:], masked, n_targets)
         if tuned: h, head = h.bfloat16(), head.bfloat16()
         if liger: return LigerCE.apply(h, head, targets, w, tuned)      # with the mask column: one of V
         z = model.lm_head(h).float()
         z.detach()[:, mask_id] = -torch.inf         # never predicted, as in ours; free: the softmax there is 0
-        return (F.cross_entropy(z, targets, reduction='none') * w).sum()
+        return (F.cross_entropy(z, targets, reduction='none') * w).sum() + apart
     return torch.compile(loss, dynamic=False) if spec.get('compiled') else loss
 
 
@@ -193,37 +229,52 @@ class Peer:
         self.c, self.spec, self.ours = SimpleNamespace(**config), PEERS.get(name, {}), name.startswith('ours')
         self.on_gpu, self.opt, self.loss = self.c.device == 'cuda', None, None
         self.autocast = torch.autocast('cuda', torch.bfloat16) if self.on_gpu else nullcontext()
-        self.model = Transformer.from_pretrained(weights) if self.ours else load_hf(weights, self.spec)
-        if self.ours: self.obj = MDM(self.model, self.c.vocab_size - 1)
+        load = (lambda causal: Transformer.from_pretrained(weights, causal)) if self.ours else functools.partial(
+            load_hf, weights, self.spec)
+        self.weights, self.align = weights, self.spec.get('align')
+        self.model, self.teacher = load(False), load(True) if self.align else None
+        if self.ours:
+            kind = {None: MDM, True: ReprAlign, 'stacked': Stacked}[self.align]
+            self.obj = kind(self.model, mask_id=self.c.vocab_size - 1, shift=False,
+                            **dict(teacher=self.teacher) if self.align else {})
         self.model.train()
-        self.params = list(self.model.parameters())
+        if 'freeze' in self.spec: self.model.freeze(self.spec['freeze'])
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         if self.on_gpu: torch.set_num_threads(1)                        # as train.py
+
+    def move(self, device):
+        """The weights. A teacher has bf16 on a GPU, ours moves with its objective."""
+        (self.obj if self.ours else self.model).to(device)
+        if self.teacher and not self.ours: self.teacher.to(device, torch.bfloat16 if self.on_gpu else None)
 
     def setup(self, B):
         """The device is ours: bring the weights, make the batch and the loss function of that size."""
         self.loss = None
         torch.compiler.reset()
-        self.model.to(self.c.device)
-        batch = make_batch(self.c, B).to(self.c.device)
-        if not self.ours: self.loss = hf_loss(self.model, batch, self.spec, self.c.residual)
+        self.move(self.c.device)
+        batch = make_batch(self.c, B)
+        if self.align and self.ours: batch = self.obj.prepare(batch, self.c.seed)       # the same noise
+        batch = batch.to(self.c.device)
+        if not self.ours: self.loss = hf_loss(self.model, batch, self.spec, self.c.residual, teacher=self.teacher)
         else: self.loss = lambda: self.obj(batch)[0]
         if self.ours and self.spec.get('compiled'):                     # as train.py
-            for block in self.model.layers: block.compile(dynamic=False)
+            for block in (block for net in self.obj.networks() for block in net.layers): block.compile(dynamic=False)
 
     def park(self):
         """Give the device back."""
         self.opt = None
         for p in self.params: p.grad = None
-        self.model.cpu()
+        self.move('cpu')
         gc.collect()
         if self.on_gpu: torch.cuda.empty_cache()
 
-    def reference(self, B, file):
+    def reference(self, B, file, align=False):
         """Loss and gradient in fp32 by transformers, row by row, into `file`."""
-        self.model.to(self.c.device)
+        self.move(self.c.device)
         batch, total = make_batch(self.c, B).to(self.c.device), 0.0
+        teacher = load_hf(self.weights, {}, causal=True).to(self.c.device) if align else None
         for i in range(B):
-            loss = hf_loss(self.model, batch, dict(compact=True), first=i, last=i + 1)()
+            loss = hf_loss(self.model, batch, dict(compact=True), first=i, last=i + 1, teacher=teacher)()
             loss.backward()
             total += loss.item()
         save_file({n: p.grad.contiguous() for n, p in self.model.named_parameters()}, file, dict(loss=repr(total)))
@@ -231,7 +282,7 @@ class Peer:
 
     def gradients(self):
         """Under Hugging Face's names. Ours: the views of a twin whose parameters are the gradients."""
-        grads = {n: p.grad for n, p in self.model.named_parameters()}
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.model.named_parameters()}
         if not self.ours: return grads
         with torch.device('meta'): twin = Transformer(self.model.cfg)
         twin.load_state_dict(grads, assign=True)
@@ -243,7 +294,8 @@ class Peer:
         started = time.time()
         with self.autocast: loss = self.loss()
         loss.backward()
-        facts = compare(loss.item(), self.gradients(), file) | dict(first_step_s=time.time() - started)
+        facts = compare(loss.item(), self.gradients(), f'{file}-align' if self.align else file, self.spec.get('freeze'))
+        facts |= dict(first_step_s=time.time() - started)
         for p in self.params: p.grad = None
         return facts
 
@@ -256,7 +308,7 @@ class Peer:
 
     def run(self, warmup, steps):
         """-> milliseconds of each step, between events on the device, and the peak of its memory meanwhile."""
-        self.model.to(self.c.device)
+        self.move(self.c.device)
         if self.opt is None:
             groups = [dict(params=[p for p in self.params if p.ndim >= 2], weight_decay=0.1),
                       dict(params=[p for p in self.params if p.ndim < 2], weight_decay=0.0)]
@@ -303,14 +355,15 @@ class Peer:
         return sorted(spent, key=lambda k: -k[1])
 
 
-def compare(loss, grads, file):
+def compare(loss, grads, file, frozen=None):
     """Against the reference in `file`: relative differences of loss and gradient norm, cosine of the whole gradient,
-    the worst cosine of a tensor (for information: some gradients are almost zero)."""
+    the worst cosine of a tensor (for information: some gradients are almost zero). frozen: names to leave out."""
     sums, worst = np.zeros(3), (1.0, '')
     with safe_open(file, 'pt') as f:
         loss_rel = loss / float(f.metadata()['loss']) - 1
         if set(f.keys()) != set(grads): raise RuntimeError(f"other parameters: {set(f.keys()) ^ set(grads)}")
         for name, g in grads.items():
+            if frozen and frozen in name: continue
             g, r = g.flatten().double(), f.get_tensor(name).to(g.device).flatten().double()
             gr, gg, rr = ((x @ y).item() for x, y in ((g, r), (g, g), (r, r)))
             sums += gr, gg, rr
@@ -364,7 +417,7 @@ class Remote:
 
 def run_peers(c):
     """Let the peers take turns; after every turn yield its name and all rows so far."""
-    names, train = c.peers.split(','), c.what == 'train'
+    names, train = c.peers.split(','), c.what != 'memory'
     rounds = c.rounds if train and not c.largest else 1                 # who looks for a size is alone on the device
     rows = {name: dict(peer=name, ms=[], round_ms=[]) for name in names}
     with TemporaryDirectory() as tmp:
@@ -375,6 +428,7 @@ def run_peers(c):
         try:
             if train:
                 peers['reference'].ask('reference', c.batch, file)
+                if c.what == 'align': peers['reference'].ask('reference', c.batch, f'{file}-align', True)
                 peers['reference'].close()
             for i in range(rounds):
                 for name in names[::-1] if i % 2 else names:
@@ -390,7 +444,7 @@ def run_peers(c):
 
 def take_turn(c, ask, row, is_first, file):
     """The gate and the search for a size in a peer's first turn, then the clock."""
-    train = c.what == 'train'
+    train = c.what != 'memory'
     if is_first and train: row.update(ask('gate', c.batch, file), batch=c.batch)
     if is_first and (c.largest or not train):
         if train: ask('park')
@@ -471,6 +525,17 @@ def train_table(rows):
         'p10': '{p10_ms:.1f}', 'p90': '{p90_ms:.1f}', 'peak GiB': '{peak_gib:.1f}', 'MFU': '{mfu:.1%}',
         'first step s': '{first_step_s:.0f}', 'loss': '{loss_rel:+.0e}', 'norm': '{norm_rel:+.2%}',
         'cosine': '{cosine:.5f}', 'attention': '{attention[0]:.40}'})
+
+
+def align_table(rows):
+    """Times as multiples of the plain step. No MFU: not all of them have the same to compute."""
+    plain = next((r['median_ms'] for r in rows if r['peer'] == 'ours' and r.get('agrees') and 'median_ms' in r), None)
+    shown = [r | dict(cost=r['median_ms'] / plain if plain else None) if r.get('agrees') and 'median_ms' in r else
+             {k: v for k, v in r.items() if k not in ('tokens_per_s', 'median_ms')} for r in rows]
+    return table(shown, {
+        'peer': '{peer}', 'rows': '{batch}', 'tok/s': '{tokens_per_s:,.0f}', 'plain steps': '{cost:.2f}',
+        'ms': '{median_ms:.1f}', 'peak GiB': '{peak_gib:.1f}', 'agrees': '{agrees}', 'loss': '{loss_rel:+.0e}',
+        'norm': '{norm_rel:+.2%}', 'cosine': '{cosine:.5f}'})
 
 
 def memory_table(rows):
@@ -645,7 +710,7 @@ def sandbox_table(rows):
 
 
 if __name__ == '__main__':
-    what = 'train'                  # train, memory, kernels or sandbox: the first word of the command line
+    what = 'train'                  # train, align, memory, kernels or sandbox: the first word of the command line
     peers = ''                      # comma list; default: those that suit the rows
     packed = False                  # rows of several documents; else a row is one document
     doc_len = 300.0                 # their mean length; lognormal, sigma 1
@@ -675,15 +740,19 @@ if __name__ == '__main__':
     if words and words[0].isalpha(): words[0] = f'--what={words[0]}'
     config = configure(globals(), words)
     started = time.time()
-    tables = dict(train=train_table, memory=memory_table, kernels=kernel_table, sandbox=sandbox_table)
+    tables = dict(train=train_table, align=align_table, memory=memory_table, kernels=kernel_table,
+                  sandbox=sandbox_table)
     others = dict(kernels=run_kernels, sandbox=run_sandbox)
     if what not in tables: raise SystemExit(f"say python bench.py {', '.join(tables)}, not {what!r}")
+    first_of_align = list(PEERS).index('ours')
     config['peers'] = peers = peers or ('ours' if profile else ','.join(
+        list(PEERS)[first_of_align:] if what == 'align' else
         ('hf_eager', 'hf_compile_compact', 'flex', 'varlen', 'liger_tuned', 'ours_eager', 'ours') if packed else
-        (name for name in PEERS if 'attn' not in PEERS[name])))
+        (name for name in list(PEERS)[:first_of_align + 1] if 'attn' not in PEERS[name])))
     config['device'] = device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     for name in peers.split(','):
         if name not in PEERS: raise SystemExit(f"unknown peer {name!r}: --peers is a comma list of {', '.join(PEERS)}")
+        if 'align' in PEERS[name] and what != 'align': raise SystemExit(f"{name} is for python bench.py align")
         if 'attn' in PEERS[name] and not packed: raise SystemExit(f"{name} is for packed rows: add --packed=true")
     if min(batch, min_batch, seq_len, rounds, steps) < 1 or warmup < 0 or n_embd % n_head or n_head % n_kv_head:
         raise SystemExit("counts must be at least 1, n_embd a multiple of n_head, n_head of n_kv_head")

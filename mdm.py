@@ -50,13 +50,16 @@ class MDM(Objective):
 
     # -- training ----------------------------------------------------------------------------------------
 
-    def prepare(self, batch, seed):
-        """Draw t per document and the mask, a function of (seed, step, row of the global batch) only. t is stratified
-        over rows and documents by golden-ratio steps, so about half of all tokens are masked in every batch."""
+    def draw_t(self, batch, seed):
+        """(B, T), one t per document, stratified over rows and documents by golden-ratio steps, so about half of all
+        tokens are masked in every batch."""
         u_step = np.random.default_rng((seed, batch.step)).random()     # is row 0's u[0], too: never a target
         i, doc = batch.row_ids[:, None].double(), batch.doc.clamp(min=0).double()
-        t = self.t_min + (1 - self.t_min) * ((u_step + 0.618034 * i + 0.569840 * doc) % 1)              # (B, T)
-        T = batch.ids.shape[1]
+        return self.t_min + (1 - self.t_min) * ((u_step + 0.618034 * i + 0.569840 * doc) % 1)
+
+    def prepare(self, batch, seed):
+        """Draw t per document and the mask, a function of (seed, step, row of the global batch) only."""
+        t, T = self.draw_t(batch, seed), batch.ids.shape[1]
         u = np.stack([np.random.default_rng((seed, batch.step, int(r))).random(T) for r in batch.row_ids])
         xt, is_masked = q_sample(batch.ids, t, self.mask_id, batch.is_target, torch.from_numpy(u))
         tokens, rows, n = scored_rows(is_masked, self.shift, bucket=max(64, batch.ids.numel() // 16))

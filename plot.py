@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from statistics import mean
 
 HERE = Path(__file__).parent
 
@@ -92,7 +93,9 @@ def evaluation():
              'single-line infilling pass@1, average / '
              'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
+                        ('aligned', 'SmolLM2-135M-Instruct (4-bit), made a masked diffusion model'),
                         ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
+        if not (HERE / f'results/{name}_infill_single.json').exists(): continue
         nll, code, holes = load(f'{name}_val'), load(f'{name}_humaneval'), load(f'{name}_infill_single')
         code, holes = code['results']['humaneval'], holes['results']['infill_single']
         both = [[100 * group[k] for group in ((holes['average'], holes['by_length']['oracle']) if 'average' in holes
@@ -129,8 +132,111 @@ def speed():
                            f"{x['peak_gib']:.1f} GiB", f"{x['mfu']:.1%}", f"{x['cosine']:.4f}") for x in r['results']))
 
 
+# Arms of experiments/alignment.py: label, and the arm whose lowest validation loss is the goal.
+ARMS = dict(
+    plain=('masked diffusion, no alignment (a)', 'plain'),
+    align=('alignment, weight 10 (b)', 'plain'),
+    align1=('alignment, weight 1', 'plain'),
+    freeze=('alignment, MLPs frozen', 'plain'),
+    scratch=('from scratch (d)', 'plain'),
+    plain_lr=('no alignment, learning rate 1e-3', 'plain'),
+    align_lr=('alignment, learning rate 1e-3', 'plain'),
+    decay=('alignment, its weight falls to 0 by half-time', 'plain'),
+    every5=('alignment of every 5th layer', 'plain'),
+    last=('alignment of the last layer', 'plain'),
+    opening=('alignment, mask opened by degrees', 'plain'),
+    opening_plain=('no alignment, mask opened by degrees', 'plain'),
+    warming=('alignment, noise raised by degrees', 'plain'),
+    frac10_plain=('10% of the data, no alignment', 'frac10_plain'),
+    frac10_align=('10% of the data, alignment', 'frac10_plain'),
+    frac1_plain=('1% of the data, no alignment', 'frac1_plain'),
+    frac1_align=('1% of the data, alignment', 'frac1_plain'),
+    own_plain=('small own model, no alignment', 'own_plain'),
+    own_align=('small own model, alignment', 'own_plain'),
+    gradient_plain=("Open-dLLM's loss, no alignment, right gradient", 'gradient_plain'),
+    gradient_broken=("Open-dLLM's loss, no alignment, its gradient", 'gradient_plain'))
+
+
+def arms():
+    """{arm: its results, curves averaged over seeds}. minutes: of training alone, by the median speed."""
+    found = {}
+    for arm in [*ARMS, 'own_ar']:
+        files = sorted((HERE / 'results').glob(f'alignment_{arm}_[0-9]*.json'))
+        runs = [json.loads(f.read_text()) for f in files]
+        if not runs: continue
+        speed = mean(r['tokens_per_s'] for r in runs)
+        curves = [[(float(p['step']), p['val_bits_per_byte']) for p in r['curve'] if 'val_bits_per_byte' in p]
+                  for r in runs]
+        steps, bits_per_byte = zip(*((at[0][0], mean(b for _, b in at)) for at in zip(*curves)))
+        minutes = [step * runs[0]['tokens'] / runs[0]['steps'] / speed / 60 for step in steps]
+        found[arm] = dict(runs=runs, speed=speed, steps=steps, minutes=minutes, bits=bits_per_byte)
+    return found
+
+
+def reached(curve, xs, goal):
+    """Where the curve first is as low as the goal, between two points of it on a line; None: never."""
+    last = None
+    for x, y in zip(xs, curve):
+        if y <= goal: return x if last is None else last[0] + (x - last[0]) * (last[1] - goal) / (last[1] - y)
+        last = x, y
+    return None
+
+
+def race(found, arm, goal):
+    """[steps, minutes] to the lowest loss of the arm `goal`, and how many times fewer they are than its own."""
+    if goal not in found: return ['', '']
+    cells, target, f, g = [], min(found[goal]['bits']), found[arm], found[goal]
+    for x, form in (('steps', '.0f'), ('minutes', '.2f')):
+        at, its = reached(f['bits'], f[x], target), reached(g['bits'], g[x], target)
+        cells.append(f'> {f[x][-1]:{form}}' if at is None else f'{at:{form}} ({its / max(at, 1e-9):.1f}x)')
+    return cells
+
+
+def alignment():
+    found, blocks = arms(), []
+    if 'plain' in found:
+        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way', 'tokens', 'tokens/s', 'peak memory',
+                 'steps to the goal: (a), or the group\'s first', 'minutes', 'steps to (d)', 'minutes')]
+        for arm, f in found.items():
+            if arm == 'own_ar': continue
+            label, goal = ARMS[arm]
+            r = f['runs'][0]
+            rows.append((label, ', '.join(bits(r['validation']) for r in f['runs']), f"{min(f['bits']):.3f}",
+                         f"{r['tokens'] / 1e6:.1f}M", f"{f['speed'] / 1e3:.0f}k", f"{r['peak_gib'] or 0:.1f} GiB",
+                         *race(found, arm, goal), *(race(found, arm, 'scratch') if goal == 'plain' else ['', ''])))
+        if (HERE / 'results/alignment_teacher.json').exists():
+            e = load('alignment_teacher')['results']
+            rows += [('SmolLM2 left to right (exact)', bits(e['nll']), *[''] * 8),
+                     ('token bigram', bits(e['bigram'], sign=False), *[''] * 8)]
+        if 'own_ar' in found:
+            r = found['own_ar']['runs'][0]
+            rows.append(('small own model left to right (exact)', bits(r['validation']), *[''] * 8))
+        blocks += ['![Validation loss against steps and time](results/alignment.png)', table(*rows)]
+    for file in ('bench_align_smollm2', 'bench_align'):
+        if not (HERE / f'results/{file}.json').exists(): continue
+        r = load(file)
+        c, ok = r['config'], [x for x in r['results'] if x.get('agrees') and 'median_ms' in x]
+        plain = next(x['median_ms'] for x in ok if x['peer'] == 'ours')
+        labels = dict(ours='masked diffusion', ours_align='with alignment', ours_freeze='MLPs frozen',
+                      ours_align_freeze='with alignment, MLPs frozen',
+                      ours_stacked='with alignment by stacked fp32 copies',
+                      hf_stacked='the same in transformers, torch.compile')
+        shape = f"{c['n_layer']} layers of {c['n_embd']}, {c['batch']} x {c['seq_len']:,} tokens, {r['hardware']}"
+        blocks.append(table((f'training step, {shape}', 'tokens/s', 'plain steps', 'peak memory'), *(
+            (labels[x['peer']], f"{x['tokens_per_s'] / 1e3:.1f}k", f"{x['median_ms'] / plain:.2f}",
+             f"{x['peak_gib'] or 0:.1f} GiB") for x in ok)))
+    return '\n\n'.join(blocks) or 'Measurements are to come.'
+
+
+def alignment_figure(out):
+    found = {arm: f for arm, f in arms().items() if arm in ('plain', 'align', 'align1', 'freeze', 'scratch')}
+    panel = lambda x: {ARMS[arm][0]: (f[x][1:], f['bits'][1:]) for arm, f in found.items()}     # after step 0
+    if found: figure('', 'steps', 'validation, bits/byte (upper bound)', panel('steps'), out,
+                     beside=('minutes of training', panel('minutes')))
+
+
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
-              canonical=canonical, sandbox=sandbox, speed=speed)
+              canonical=canonical, sandbox=sandbox, speed=speed, alignment=alignment)
 
 
 def render(text):
@@ -183,27 +289,29 @@ def results_table(files, as_csv=False):
     return text.getvalue()
 
 
-def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o'):
-    """lines: {label: (xs, ys)}."""
+def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None):
+    """lines: {label: (xs, ys)}. beside: xlabel and lines of a second panel."""
     try:
         import matplotlib
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7, 4.2), dpi=150)
-    for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
-    if log_x:
-        ax.set_xscale('log')
-        ticks = sorted({x for xs, _ in lines.values() for x in xs})
-        ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
-        ax.minorticks_off()
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if marker and all(isinstance(x, int) for xs, _ in lines.values() for x in xs): ax.set_xticks(range(1, 1 + max(map(
-        max, (xs for xs, _ in lines.values())))))
-    ax.grid(alpha=0.3)
-    ax.spines[['top', 'right']].set_visible(False)
-    if len(lines) > 1: ax.legend(frameon=False, fontsize=8)
+    panels = [(xlabel, lines), *([beside] if beside else [])]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
+    for ax, (xlabel, lines) in zip(axes[0], panels):
+        for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
+        if log_x:
+            ax.set_xscale('log')
+            ticks = sorted({x for xs, _ in lines.values() for x in xs})
+            ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+            ax.minorticks_off()
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else '')
+        if marker and all(isinstance(x, int) for xs, _ in lines.values() for x in xs):
+            ax.set_xticks(range(1, 1 + max(max(xs) for xs, _ in lines.values())))
+        ax.grid(alpha=0.3)
+        ax.spines[['top', 'right']].set_visible(False)
+        if len(lines) > 1 and ax is axes[0, -1]: ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(out)
     print(f"wrote {out}")
@@ -282,5 +390,7 @@ if __name__ == '__main__':
         readme = HERE / 'README.md'
         old = readme.read_text()
         new = render(old)
-        if not check: readme.write_text(new)
+        if not check:
+            readme.write_text(new)
+            alignment_figure(HERE / 'results/alignment.png')
         elif old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")

@@ -27,11 +27,14 @@ def task(request, tmp_path_factory):
     path = tmp_path_factory.mktemp('bench')
     torch.manual_seed(0)
     Transformer(bench.model_config(SimpleNamespace(**config))).save_pretrained(path)
-    bench.Peer('reference', config, path).reference(4, path / 'reference')
+    reference = bench.Peer('reference', config, path)
+    reference.reference(4, path / 'reference')
+    reference.reference(4, f"{path / 'reference'}-align", align=True)
     return config, path
 
 
-@pytest.mark.parametrize('name', ['hf_eager', 'hf_eager_compact', 'hf_compile_compact', 'ours_eager', 'ours'])
+@pytest.mark.parametrize('name', ['hf_eager', 'hf_eager_compact', 'hf_compile_compact', 'ours_eager', 'ours',
+                                  'ours_align', 'ours_freeze', 'ours_align_freeze', 'ours_stacked', 'hf_stacked'])
 def test_peers_take_the_same_step(task, name, monkeypatch):
     config, path = task
     backend = 'eager' if config['packed'] else 'aot_eager'              # quick to compile
@@ -44,6 +47,19 @@ def test_peers_take_the_same_step(task, name, monkeypatch):
     assert len(peer.run(1, 2)['ms']) == 2 and peer.loss().item() < before
     peer.park()
     assert peer.opt is None and all(p.grad is None for p in peer.params)
+    frozen = [n for n, p in peer.model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == (4 if 'freeze' in name else 0) and all('mlp' in n for n in frozen)
+
+
+def test_the_gate_catches_a_wrong_alignment(task):
+    config, path = task
+    peer = bench.Peer('ours_align', config, path)
+    for block in (*peer.model.layers, *peer.teacher.layers): block.compile = lambda **_: None
+    assert peer.gate(4, path / 'reference')['agrees']
+    peer.obj.align_weight = 9.9
+    assert not peer.gate(4, path / 'reference')['agrees']
+    peer.obj.align_weight, peer.teacher.cfg.causal = 10.0, False
+    assert not peer.gate(4, path / 'reference')['agrees']
 
 
 def test_the_gate_catches_a_forgotten_weight(task, monkeypatch):
@@ -144,6 +160,9 @@ def test_tables():
     assert '2.00 x' in lines[2] and ' - ' in lines[2]
     assert 'DISAGREES' in lines[3] and '80,000' not in lines[3] and ' x ' not in lines[3]
     assert lines[4:] == ['liger: FAILED, No module named liger_kernel']
+    text = bench.align_table([row, slow | dict(peer='ours_align', median_ms=140.0), slow | dict(agrees=False)])
+    first, second, wrong = text.splitlines()[1:]
+    assert '1.00' in first.split() and '1.40' in second.split() and '80,000' not in wrong and 'False' in wrong
     peaks = {1: 1.0, 2: 2.0, 3: None}
     text = bench.memory_table([dict(peer='ours', batch=2, peaks=peaks), dict(peer='x', error='why')])
     assert text.splitlines()[1].split() == ['ours', '1.0', '2.0', '-', '2'] and text.endswith('x: FAILED, why')
@@ -178,8 +197,9 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['fly'], 'train, memory, kernels'), (['train', '--peers=nope'], 'unknown peer'), (['--peers=flex'], 'packed'),
-    (['memory', '--device=cpu'], 'GPUs only'), (['train', '--n_embd=897'], 'multiple'), (['--steps=0'], 'at least 1')])
+    (['fly'], 'train, align, memory'), (['train', '--peers=nope'], 'unknown peer'), (['--peers=flex'], 'packed'),
+    (['memory', '--device=cpu'], 'GPUs only'), (['train', '--peers=ours_align'], 'bench.py align'),
+    (['train', '--n_embd=897'], 'multiple'), (['--steps=0'], 'at least 1')])
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['bench.py', *words])
     with pytest.raises(SystemExit, match=message): runpy.run_path(str(ROOT / 'bench.py'), run_name='__main__')

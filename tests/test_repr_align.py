@@ -20,7 +20,7 @@ import checkpoint
 import data
 from ar import AR
 from data import batch_from_documents
-from kernels import document_ranges
+from kernels import document_ranges, ranges_to_mask
 from mdm import MDM
 from model import ModelConfig, Transformer
 from repr_align import ReprAlign
@@ -398,3 +398,26 @@ def test_the_broken_gradient_is_what_the_formula_says():
             torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-5)
         zero += not first
     assert 2 <= zero <= 10
+
+
+def test_annealing_opens_the_mask_and_raises_the_noise(monkeypatch):
+    """opening: at first causal, later a band; keys know exactly the queries that see them; the teacher stays causal.
+    warming: t grows from t_min. After STEPS steps both are ReprAlign."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / 'experiments')
+    try: annealing = importlib.import_module('annealing')
+    finally: [checkpoint.OBJECTIVES.pop(name, None) for name in ('opening', 'warming')]
+    batch, kw = packed(), dict(align_weight=3.0)
+    seen = ranges_to_mask(batch.ranges)[:, 0]
+    for step, ahead in ((0, 0), (60, 3), (120, 20)):                    # round(20 ** 0.5) - 1
+        got = annealing.Opening(backbone(), backbone(), MASK, **kw).prepare(replace(batch, step=step), seed=0)
+        q, k = got.ranges
+        mask = ranges_to_mask(got.ranges)[:, 0]
+        assert torch.equal(mask, seen & torch.ones(20, 20).tril(ahead).bool()), step
+        assert torch.equal(mask, ranges_to_mask(type(got.ranges)(k, q))[:, 0].mT)
+        assert got.noise['teacher']['ranges'] is batch.ranges
+    same = aligned().prepare(replace(batch, step=150), seed=0)
+    for kind in (annealing.Opening, annealing.Warming):
+        obj = kind(backbone(), backbone(), MASK, **kw)
+        assert torch.equal(obj.prepare(replace(batch, step=150), seed=0).noise['xt'], same.noise['xt'])
+    t = [annealing.Warming(backbone(), backbone(), MASK, **kw).draw_t(replace(batch, step=s), 0) for s in (0, 59, 119)]
+    assert t[0].max() < 0.01 and 0.25 < t[1].max() <= 0.5 < t[2].max() and t[0].min() >= 1e-3
