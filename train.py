@@ -37,7 +37,8 @@ import data
 import kernels
 import solve
 from configurator import configure, dump
-from ldlm import LDLM, Encoder, LatentConfig, LatentModel
+from encoder import Encoder
+from ldlm import LDLM, LatentConfig, LatentModel
 from model import ModelConfig, Transformer
 from muon import Muon
 

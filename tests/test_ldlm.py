@@ -11,10 +11,10 @@ import torch
 import checkpoint
 from ar import AR
 from data import Corpus, batch_from_documents, lay_out, prepare
+from encoder import Encoder
 from ldlm import (
     LDLM,
     AdaptiveTimesteps,
-    Encoder,
     LatentConfig,
     LatentModel,
     encoder_grad_scale,
