@@ -1126,11 +1126,12 @@ def head_argmax(h: Tensor, weight: Tensor) -> Tensor:
     """h (N, D), weight (V, D) -> (N,) int64. The products of bf16 are summed, and compared, in fp32."""
     (N, D), V = h.shape, len(weight)
     assert weight.shape == (V, D), f"{h.shape=} {weight.shape=}"
+    h, weight = h.contiguous(), weight.to(h.dtype).contiguous()
     if not use_triton(h) or not 0 < N <= HEAD_ARGMAX_ROWS: return head_argmax_ref(h, weight)
     tiles = triton.cdiv(V, HEAD_ARGMAX['COLS'])
     best, place = h.new_empty(N, tiles, dtype=torch.float32), h.new_empty(N, tiles, dtype=torch.int64)
     _head_argmax[(tiles, triton.cdiv(N, HEAD_ARGMAX['ROWS']))](
-        h.contiguous(), weight.to(h.dtype).contiguous(), best, place, N, V, D, **HEAD_ARGMAX)
+        h, weight, best, place, N, V, D, **HEAD_ARGMAX)
     return place.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
 
 

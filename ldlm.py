@@ -177,15 +177,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, cfg.norm_eps) for _ in range(2))
 
+    def _heads(self, y, rot, n_head, n_kv_head):
+        return K.rope_qkv(y.unflatten(2, (-1, self.head_dim)), *rot, n_head, n_kv_head, self.q_norm.weight,
+                          self.k_norm.weight, self.q_norm.eps)
+
+    def keys(self, other, rot):
+        """Keys and values (B, M, heads, hd) of another sequence (B, M, d)."""
+        return self._heads(self.kv_proj(other), rot, 0, self.n_head)[1:]
+
     def forward(self, x, rot, other=None, other_rot=None, mask=None):
-        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim)                       # (B, N, heads, hd)
-        if self.own:
-            q, k, v = K.rope_qkv(heads(self.qkv_proj(x)), *rot, self.n_head, self.n_head, self.q_norm.weight,
-                                 self.k_norm.weight, self.q_norm.eps)
-        else: q = K.rope(self.q_norm(heads(self.q_proj(x))), *rot)
+        """other: (B, M, d), or its keys(...)."""
+        if self.own: q, k, v = self._heads(self.qkv_proj(x), rot, self.n_head, self.n_head)
+        else: q = self._heads(self.q_proj(x), rot, self.n_head, 0)[0]
         if other is not None:
-            k2, v2 = heads(self.kv_proj(other)).chunk(2, 2)
-            k2 = K.rope(self.k_norm(k2), *other_rot)
+            k2, v2 = self.keys(other, other_rot) if torch.is_tensor(other) else other
             k, v = (torch.cat([k2, k], 1), torch.cat([v2, v], 1)) if self.own else (k2, v2)
         y = K.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -199,12 +204,14 @@ class PerceiverBlock(nn.Module):
         if kind == 'split': self.cross_norm, self.cross_attn = norm(), Attention(cfg, own=False, other=True)
         self.mlp_norm, self.mlp, self.joint = norm(), MLP(cfg), kind == 'joint'
 
-    def forward(self, x, rot, inputs, inputs_rot):
-        if self.joint: x = x + self.self_attn(self.self_norm(x), rot, inputs, inputs_rot)
+    def forward(self, x, rot, inputs, inputs_rot, has_looked=False):
+        """has_looked: x is behind the self-attention already. A norm of two forms their sum on the way."""
+        if self.joint: y, x = self.mlp_norm(self.self_attn(self.self_norm(x), rot, inputs, inputs_rot), x)
         else:
-            x = x + self.self_attn(self.self_norm(x), rot)
-            x = x + self.cross_attn(self.cross_norm(x), rot, inputs, inputs_rot)
-        return x + self.mlp(self.mlp_norm(x))
+            if has_looked: y = self.cross_norm(x)
+            else: y, x = self.cross_norm(self.self_attn(self.self_norm(x), rot), x)
+            y, x = self.mlp_norm(self.cross_attn(y, rot, inputs, inputs_rot), x)
+        return x + self.mlp(y)
 
 
 class DiTBlock(nn.Module):
@@ -215,10 +222,10 @@ class DiTBlock(nn.Module):
         self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
 
     def forward(self, x, mod, rot, context=None, context_rot=None, mask=None):
-        """mod: the six modulations (B, d) that self.adaln makes of the time, or None."""
+        """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None."""
         if mod is None:
-            x = x + self.attn(self.attn_norm(x), rot, context, context_rot, mask)
-            return x + self.mlp(self.mlp_norm(x))
+            y, x = self.mlp_norm(self.attn(self.attn_norm(x), rot, context, context_rot, mask), x)
+            return x + self.mlp(y)
         scale1, shift1, gate1, scale2, shift2, gate2 = mod
         x = K.gated_add(x, self.attn(K.modulate(x, scale1, shift1), rot, context, context_rot, mask), gate1)
         return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2)
@@ -230,7 +237,7 @@ class LatentModel(nn.Module):
 
     def __init__(self, cfg: LatentConfig):
         super().__init__()
-        self.cfg, self.activation_checkpointing = cfg, False
+        self.cfg, self.activation_checkpointing, self.rots = cfg, False, {}
         d, dl, kind = cfg.n_embd, cfg.latent_dim, cfg.perceiver_block
         project = lambda n_in, n_out: nn.Identity() if n_in == n_out else nn.Linear(n_in, n_out, bias=False)
         blocks = lambda n, block, *args: nn.ModuleList(block(cfg, *args) for _ in range(n))
@@ -299,12 +306,14 @@ class LatentModel(nn.Module):
         return x
 
     def _rot(self, what, B):
-        """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix."""
+        """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix, made once."""
         c, device = self.cfg, self.head.weight.device
-        if what == 'prefix': pos = torch.arange(-c.prefix_len, 0, device=device)
-        elif what == 'tokens': pos = torch.arange(c.chunk_len, device=device)
-        else: pos = (torch.arange(c.n_latents, device=device) + 0.5) * (c.chunk_len / c.n_latents) - 0.5
-        return K.rope_tables(pos.expand(B, -1), c.n_embd // c.n_head, 1e4)
+        if (what, B, device) not in self.rots:
+            if what == 'prefix': pos = torch.arange(-c.prefix_len, 0, device=device)
+            elif what == 'tokens': pos = torch.arange(c.chunk_len, device=device)
+            else: pos = (torch.arange(c.n_latents, device=device) + 0.5) * (c.chunk_len / c.n_latents) - 0.5
+            self.rots[what, B, device] = K.rope_tables(pos.repeat(B, 1), c.n_embd // c.n_head, 1e4)
+        return self.rots[what, B, device]
 
     def _cast(self, x):
         device = x.device.type
@@ -338,13 +347,22 @@ class LatentModel(nn.Module):
         std = (x.square().mean((0, 1)) + 1e-6).sqrt()
         return x / std * (std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
 
-    def decode(self, z):
-        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
+    def decoder_start(self, B):
+        """The decoder's queries (B, L, d) behind the first self-attention, where nothing of the latents is in them yet:
+        blocks of kind 'split' without skip. Else None."""
+        if self.cfg.perceiver_skip or self.cfg.perceiver_block == 'joint': return None
+        x, block = self._cast(self.decoder_queries.expand(B, -1, -1)).contiguous(), self.decoder[0]
+        return x + block.self_attn(block.self_norm(x), self._rot('tokens', B))
+
+    def decode(self, z, start=None):
+        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink.
+        start: decoder_start(B), if it is known already."""
         B = len(z)
-        inputs = self._cast(self.decoder_in(z) + self.decoder_pos)
-        x = self._start(self.decoder_queries, inputs)
-        x = self._run(self.decoder, x, self._rot('tokens', B), inputs, self._rot('latents', B))
-        return self.decoder_out(x).float()
+        inputs, blocks = self._cast(self.decoder_in(z) + self.decoder_pos), self.decoder
+        args = self._rot('tokens', B), inputs, self._rot('latents', B)
+        if start is None: x = self._start(self.decoder_queries, inputs)
+        else: x, blocks = blocks[0](start, *args, True), blocks[1:]
+        return self.decoder_out(self._run(blocks, x, *args)).float()
 
     def token_states(self, h):
         """Features -> (B, L, d), what the head turns into logits."""
@@ -361,21 +379,35 @@ class LatentModel(nn.Module):
         c = F.silu(self.dit_time(emb))
         return [block.adaln(c).chunk(6, 1) for block in self.dit], self.dit_mod(c).chunk(2, 1)
 
+    def prefix_keys(self, context):
+        """The prefix's features (B, P, F) -> keys and values for each block of the denoiser, the same at every step."""
+        x, rot = self._cast(self.dit_context(context)), self._rot('prefix', len(context))
+        return [block.attn.keys(x, rot) for block in self.dit]
+
     def denoise(self, zt, mods, z_sc, context=None, seen=None):
-        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t). context (B, P, F): the prefix's features,
-        right-aligned; seen (B, P) bool: which of its positions exist."""
-        (per_block, last), B, args = mods, len(zt), ()
+        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t), t (B,) or (1,) for all. context (B, P, F):
+        the prefix's features, right-aligned, or their prefix_keys; seen (B, P) bool: which of its positions exist."""
+        (per_block, last), B, P = mods, len(zt), self.cfg.prefix_len
         if self.cfg.dit_adaln: x = self.dit_in(torch.cat([zt, z_sc], -1))
-        else: x = self._cast(self.dit_in(zt + self.dit_self_cond * z_sc) + last[:, None])
-        rot = self._rot('latents', B)
-        if self.dit_context is not None:
+        else: x = self._cast(self.dit_in(torch.addcmul(zt, z_sc, self.dit_self_cond.to(zt))) + last[:, None])
+        rot, contexts, mask = self._rot('latents', B), [None] * len(self.dit), None
+        if P:
             mask = torch.cat([seen, seen.new_ones(B, x.shape[1])], 1)[:, None, None]
-            args = (self._cast(self.dit_context(context)), self._rot('prefix', B), mask)
-        for block, mod in zip(self.dit, per_block): x = self._run([block], x, mod, rot, *args)
+            is_raw = torch.is_tensor(context)
+            contexts = [self._cast(self.dit_context(context))] * len(self.dit) if is_raw else context
+        for block, mod, other in zip(self.dit, per_block, contexts):
+            x = self._run([block], x, mod, rot, other, self._rot('prefix', B) if P else None, mask)
         x = K.modulate(x, *last) if self.cfg.dit_adaln else self.dit_norm(x)
         return self.dit_out(x).float()
 
     # -- files
+    def in_dtype(self, dtype):
+        """The same network with matrices and biases in `dtype`, and shared with this one where they have it already."""
+        cast = {n for n, p in self.named_parameters() if p.ndim > 1 or n.endswith('bias')}
+        with torch.device('meta'): twin = LatentModel(self.cfg)
+        twin.load_state_dict({n: x.to(dtype) if n in cast else x for n, x in self.state_dict().items()}, assign=True)
+        return twin
+
     def save_pretrained(self, path, tokenizer=None, dlm=None, dtype=None, max_shard_bytes=0):
         """config.json + one model.safetensors of weights (in `dtype`) and statistics (fp32) + the tokenizer."""
         path = Path(path); path.mkdir(parents=True, exist_ok=True)
@@ -536,7 +568,7 @@ class LDLM(Objective):
             guess = torch.arange(len(ids) * self.settings['self_cond'], device=ids.device)
             z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), self._decode(z0)
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x)[0] == ids) * text).sum() for x in (h_hat, self._decode(z_hat))]
+            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, self._decode(z_hat))]
             errors = [(used * (a - b).square().mean((1, 2))).sum() for a, b in ((z_hat, z0), (h_hat, h))]
             sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
         if dist.is_initialized(): dist.all_reduce(sums)
@@ -546,13 +578,9 @@ class LDLM(Objective):
                     n_rows=int(n_rows))
 
     def _tokens(self, h):
-        """Features (B, L, F) -> argmax tokens (B, L) and their probability; a few rows of logits at a time."""
-        states, out = self.model.token_states(h).flatten(0, 1), []
-        for part in states.split(max((1 << 27) // self.model.cfg.vocab_size, 1)):
-            logits = K.head_logits(part, self.model.head.weight)
-            top = logits.max(-1)
-            out.append((top.indices, (top.values - logits.logsumexp(-1)).exp()))
-        return tuple(torch.cat(x).view(h.shape[:2]) for x in zip(*out))
+        """Features (B, L, F) -> tokens (B, L)."""
+        states = self.model.token_states(h).flatten(0, 1)
+        return K.head_argmax(states, self.model.head.weight).view(h.shape[:2])
 
     # -- sampling
     def grid(self, n_steps, time_grid='uniform', eta=0.0):
@@ -569,20 +597,16 @@ class LDLM(Objective):
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
 
-    @torch.no_grad()
-    def sample_latents(self, seeds, n_steps, eta=0.0, time_grid='uniform', prefix=None, see=None):
-        """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
-        m, device, prefix = self.model, seeds.device, prefix or {}
-        shape = (m.cfg.n_latents, m.cfg.latent_dim)
-        times, factors = self.grid(n_steps, time_grid, eta)
-        z, z_hat = row_noise(seeds, shape), torch.zeros(len(seeds), *shape, device=device)
-        for i, (a, b, c) in enumerate(factors.tolist()):
-            mods = m.modulations(times[i].to(device).expand(len(seeds)))
-            z_hat = m.denoise(z, mods, z_hat if self.settings['self_cond'] else torch.zeros_like(z), **prefix)
-            z = a * z + b * z_hat
-            if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
-            if see: see(z_hat)
-        return z
+    def sampler(self, B, n_steps, eta=0.0, time_grid='uniform'):
+        """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
+        key = B, n_steps, eta, time_grid, self.model.head.weight.device
+        if self.training: return Sampler(self, *key[:4])
+        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:4])
+        return self.kept[1]
+
+    def train(self, mode=True):
+        self.kept = None, None                                          # its constants are made of the weights
+        return super().train(mode)
 
     def _prefix(self, texts):
         """The last prefix_len tokens of the texts, as the denoiser wants them."""
@@ -607,28 +631,90 @@ class LDLM(Objective):
         if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
         if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
+        sampler = self.sampler(len(texts), n_steps, eta, time_grid)
         for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):
             if all(done): break
             seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
             see = None
             if history is not None:
-                def see(z_hat): history.append(self._show(prompts, texts, z_hat, max_new_tokens))
-            seeds = torch.tensor(seeds, device=device)
-            z = self.sample_latents(seeds, n_steps, eta, time_grid, self._prefix(texts), see)
+                def see(z_hat): history.append(self._show(prompts, texts, sampler.states(z_hat), max_new_tokens))
+            new_tokens = sampler(torch.tensor(seeds, device=device), **self._prefix(texts), see=see)
             nfe += n_steps
-            for i, new in enumerate(self._tokens(self._decode(z))[0].tolist()):
+            for i, new in enumerate(new_tokens.tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end
                 done[i] |= self.eos_id in new
                 texts[i] = texts[i] + new
         new = [text[len(p):][:max_new_tokens] for text, p in zip(texts, prompts)]
         return [list(p) + (n[:n.index(self.eos_id)] if self.eos_id in n else n) for p, n in zip(prompts, new)], nfe
 
-    def _show(self, prompts, texts, z_hat, max_new_tokens):
-        """What z_hat decodes to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
+    def _show(self, prompts, texts, states, max_new_tokens):
+        """What token_states decode to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
         rows, widest = [], max(map(len, prompts))
-        sep = [] if self.separator is None else [self.separator]
-        for p, text, new, conf in zip(prompts, texts, *(x.tolist() for x in self._tokens(self._decode(z_hat)))):
+        sep, V = [] if self.separator is None else [self.separator], self.model.cfg.vocab_size
+        parts = [K.head_logits(part, self.model.head.weight).softmax(-1).max(-1)
+                 for part in states.flatten(0, 1).split(max((1 << 27) // V, 1))]
+        conf, ids = (torch.cat(x).view(states.shape[:2]).tolist() for x in zip(*parts))
+        for p, text, new, c in zip(prompts, texts, ids, conf):
             pad, keep = widest - len(p), len(sep) + widest + max_new_tokens
-            rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + conf))
+            rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + c))
             rows[-1] = (rows[-1][0][:keep], rows[-1][1][:keep])
         return torch.tensor([ids for ids, _ in rows]), torch.tensor([conf for _, conf in rows])
+
+
+class Sampler:
+    """From seeds to tokens, for one batch size and time grid, while the weights stay as they are.
+
+    What no latent enters is computed here, once: modulations and factors of every step, the decoder's queries behind
+    their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
+    decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
+    compiled: '' or a mode of torch.compile without CUDA graphs, for the denoiser and for the decoders."""
+
+    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='uniform', compiled=''):
+        o, device = objective, objective.model.head.weight.device
+        on_gpu = device.type == 'cuda'
+        self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False)
+        self.self_cond, self.scale = o.settings['self_cond'], (1 + o.settings['sigma_dec'] ** 2) ** -0.5
+        times, factors = o.grid(n_steps, time_grid, eta)
+        with torch.no_grad(), self.autocast:
+            self.steps = [(m.modulations(t), *abc) for t, abc in zip(times.to(device).split(1), factors.tolist())]
+            self.start = m.decoder_start(B)
+        wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
+        self.denoise, self.decode = wrap(m.denoise), wrap(lambda z: m.token_states(m.decode(z, self.start)))
+        self.n_calls, self.graph = 0, None
+
+    @torch.no_grad()
+    def latents(self, seeds, context=None, seen=None, see=None):
+        """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
+        shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
+        with self.autocast:
+            z = row_noise(seeds, shape)
+            z_hat = nothing = torch.zeros_like(z)
+            prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
+            for i, (mods, a, b, c) in enumerate(self.steps):
+                z_hat = self.denoise(z, mods, z_hat if self.self_cond else nothing, **prefix)
+                z = torch.add(a * z, z_hat, alpha=b)
+                if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
+                if see: see(z_hat)
+        return z
+
+    @torch.no_grad()
+    def states(self, z):
+        """-> token_states (B, L, d)."""
+        with self.autocast: return self.decode(z * self.scale)
+
+    def tokens(self, *args):
+        """(B, L) int64, without a graph."""
+        states = self.states(self.latents(*args))
+        return K.head_argmax(states.flatten(0, 1), self.m.head.weight).view(states.shape[:2])
+
+    def __call__(self, seeds, context=None, seen=None, see=None):
+        inputs, self.n_calls = [seeds, context, seen], self.n_calls + 1
+        if see or seeds.device.type != 'cuda' or self.n_calls == 1: return self.tokens(*inputs, see)
+        if self.graph is None:
+            self.inputs, self.graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.out = self.tokens(*self.inputs)
+        for old, new in zip(self.inputs, inputs):
+            if new is not None: old.copy_(new)
+        self.graph.replay()
+        return self.out.clone()

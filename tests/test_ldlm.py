@@ -17,6 +17,7 @@ from ldlm import (
     AdaptiveTimesteps,
     LatentConfig,
     LatentModel,
+    Sampler,
     encoder_grad_scale,
     row_noise,
     tangent_alpha_sigma,
@@ -249,7 +250,7 @@ def test_exact_denoiser_recovers_the_gaussian(eta, grid):
     model = ExactDenoiser(LatentConfig(**SMALL | dict(n_embd=4, n_head=1)))
     model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) * 0.7 + torch.linspace(0, 1, 65) ** 2 * 0.3)
     o = LDLM(Encoder('random:24:64'), model, 0, 0)
-    z = o.sample_latents(torch.arange(2000) * 7919, 512, eta, grid).flatten(0, 1)           # (24000, 4)
+    z = Sampler(o, 2000, 512, eta, grid).latents(torch.arange(2000) * 7919).flatten(0, 1)       # (24000, 4)
     torch.testing.assert_close(z.mean(0), model.mean, atol=0.02, rtol=0)
     torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.05)
     assert abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
@@ -283,6 +284,99 @@ def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
     with pytest.raises(SystemExit, match='prefix_len=0'): o.sample([[1]], 12)
 
 
+SHAPES = [dict(), dict(perceiver_block='split', perceiver_skip=False, dit_adaln=False, perceiver_layers=2),
+          dict(perceiver_block='split', perceiver_skip=False, prefix_len=4), dict(dit_adaln=False, prefix_len=4),
+          dict(n_latents=5, latent_dim=8), dict(n_latents=20, dit_adaln=False, feature_dim=32, latent_dim=16)]
+
+
+def some_prefix(o, B):
+    c = o.model.cfg
+    if not c.prefix_len: return {}
+    g = torch.Generator().manual_seed(3)
+    seen = torch.arange(c.prefix_len) >= torch.tensor([c.prefix_len, *range(B - 1)])[:, None]       # none, all, ...
+    return dict(context=torch.randn(B, c.prefix_len, c.feature_dim, generator=g), seen=seen)
+
+
+@torch.no_grad()
+def plain_sampler(o, seeds, n_steps, eta, prefix):
+    """The sampler as one would write it first: everything anew at every step. -> z, logits"""
+    m, (times, factors) = o.model, o.grid(n_steps, 'uniform', eta)
+    z = row_noise(seeds, (m.cfg.n_latents, m.cfg.latent_dim))
+    z_hat = torch.zeros_like(z)
+    for i, (t, (a, b, c)) in enumerate(zip(times, factors)):
+        z_hat = m.denoise(z, m.modulations(t.expand(len(z))), z_hat, **prefix)
+        z = (a * z + b * z_hat + c * row_noise(seeds, z.shape[1:], stream=i + 1)).float()
+    return z, m.head(m.token_states(m.decode(z / (1 + o.settings['sigma_dec'] ** 2) ** 0.5)))
+
+
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_sampler_is_the_plain_sampler(kw):
+    """What it computes once, ahead of the steps, changes nothing."""
+    o, seeds = tiny(**kw), torch.tensor([5, 2 ** 50, 9])
+    for eta, prefix in ((0.0, some_prefix(o, 3)), (0.7, some_prefix(o, 3))):
+        sampler = Sampler(o, 3, 4, eta)
+        assert (sampler.start is None) == (o.model.cfg.perceiver_skip or o.model.cfg.perceiver_block == 'joint')
+        z, logits = plain_sampler(o, seeds, 4, eta, prefix)
+        torch.testing.assert_close(sampler.latents(seeds, **prefix), z, atol=1e-5, rtol=1e-4)
+        assert torch.equal(sampler(seeds, **prefix), logits.argmax(-1))
+        assert len(logits.argmax(-1).unique()) > 1
+
+
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_every_weight_matters(kw):
+    """Each tensor but the encoder's, moved a little, moves the logits, and more than rounding does: the published
+    loop multiplies the last z_hat by 0, and no weight of its denoiser does."""
+    o, seeds = tiny(**kw), torch.tensor([5, 6])
+    prefix = some_prefix(o, 2)
+
+    def logits():
+        s = Sampler(o, 2, 3)
+        return s.states(s.latents(seeds, **prefix)) @ o.model.head.weight.T
+    want, moved = logits(), {}
+    assert torch.equal(want, logits())
+    for name, p in o.model.named_parameters():
+        old = p.detach().clone()
+        with torch.no_grad(): p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        moved[name] = ((logits() - want).norm() / want.norm()).item()
+        with torch.no_grad(): p.copy_(old)
+    assert {n for n, x in moved.items() if x == 0} == {n for n in moved if n.startswith('encoder')}
+    assert min(x for n, x in moved.items() if not n.startswith('encoder')) > 1e-5, moved
+
+
+def test_sampler_is_kept_while_the_weights_stay():
+    o = tiny()
+    assert o.sampler(2, 3) is not o.sampler(2, 3)                               # training
+    o.eval()
+    assert o.sampler(2, 3) is o.sampler(2, 3) is not o.sampler(2, 4)
+    old = o.sampler(2, 3)
+    assert o.train().eval().sampler(2, 3) is not old
+
+
+def test_in_dtype_shares_or_casts():
+    m = tiny().model
+    low, same = m.in_dtype(torch.bfloat16), m.in_dtype(torch.float32)
+    assert low.head.weight.dtype == low.dit[0].adaln.bias.dtype == torch.bfloat16 != m.head.weight.dtype
+    assert low.token_decoder_norm.weight.dtype == low.timesteps.cdf.dtype == torch.float32
+    for (n, a), b in zip(m.state_dict().items(), same.state_dict().values(), strict=True):
+        assert a.data_ptr() == b.data_ptr(), n
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('compiled', ['', 'default'])
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_graph_gives_what_the_eager_sampler_gives(kw, compiled):
+    o = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda')
+    prefix = {k: x.cuda() for k, x in some_prefix(o, 3).items()}
+    sampler = Sampler(o, 3, 4, eta=0.5, compiled=compiled)
+    for seed in range(4):
+        seeds = torch.tensor([seed, 70 + seed, 2 ** 40 + seed], device='cuda')
+        want = sampler.tokens(seeds, *prefix.values())
+        got = sampler(seeds, **prefix)
+        assert torch.equal(got, want) and (sampler.graph is not None) == (seed > 0)
+    assert not torch.equal(got, sampler(seeds + 1, **prefix))
+
+
 def test_history_shows_every_step():
     o, history = tiny(prefix_len=4, max_seq_len=17), []
     ids, nfe = o.sample([[1, 2], [3]], 20, n_steps=3, seed=0, history=history)
@@ -307,7 +401,7 @@ def test_self_conditioning_sees_the_guess_in_half_of_the_rows():
     assert (grad0, grad1) == (False, True) and first.shape[0] == 3 and not first.any()
     assert not second[::2].any() and second[1::2].flatten(1).any(1).all() and not second.requires_grad
     calls.clear()
-    o.sample_latents(torch.tensor([1]), 3)
+    Sampler(o, 1, 3).latents(torch.tensor([1]))
     assert not calls[0][1].any() and calls[1][1].any()                          # the previous z_hat
     off = tiny(settings=dict(self_cond=False))
     assert off.prepare(rows(6), 0).noise['guess'].numel() == 0
