@@ -679,6 +679,7 @@ class Sampler:
         with torch.no_grad(), self.autocast:
             self.steps = [(m.modulations(t), *abc) for t, abc in zip(times.to(device).split(1), factors.tolist())]
             self.start = m.decoder_start(B)
+            for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
         self.denoise, self.decode = wrap(m.denoise), wrap(lambda z: m.token_states(m.decode(z, self.start)))
         self.n_calls, self.graph = 0, None
