@@ -45,8 +45,15 @@ def tangent_alpha_sigma(t, d=3.0):
     return cos / norm, sin / norm
 
 
+def cubic_alpha_sigma(t):
+    """alpha_t^2 = 1 - t^3: what the Open-dLLM code has in the tangent's place; for comparison only."""
+    return (1 - t ** 3).clamp(min=0).sqrt(), (t ** 3).sqrt()
+
+
 def encoder_grad_scale(step, warmup_steps, k=10.0, c=0.8, g_min=1e-3):
-    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]."""
+    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]. 0 steps:
+    1 from the start; -1: never."""
+    if warmup_steps < 0: return 0.0
     if step >= warmup_steps: return 1.0
     S = lambda x: 1 / (1 + math.exp(-k * (x - c)))
     return g_min + (1 - g_min) * (S(step / warmup_steps) - S(0)) / (S(1) - S(0))
@@ -333,19 +340,21 @@ class LatentModel(nn.Module):
         x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
         return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
 
-    def normalise(self, z):
+    def normalise(self, z, rows=0):
         """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension.
-        The values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
+        The values use the running statistics, the gradient those of each `rows` of z (0: of all; 1: the running mean):
+        batch renormalisation, 1702.03275 [S], in groups that do not depend on how a batch is cut.
         Were they constants to it, the denoiser would be paid for shrinking z towards a constant as fast as they follow;
         with one mean for all latents, for a constant of each latent. Both happened: see LOG.md."""
         s, square, n = self.latent_sums                                                 # (K, latent_dim) each
         mean, square = (torch.where(n > 0, x / n.clamp(min=1e-8), start) for x, start in ((s, 0.0), (square, 1.0)))
         rstd = (square - mean * mean).mean(0).clamp(min=1e-6).rsqrt()
         if not torch.is_grad_enabled(): return (z - mean) * rstd
-        batch_mean = z.mean(0) if len(z) > 1 else mean
-        x = z - batch_mean
-        std = (x.square().mean((0, 1)) + 1e-6).sqrt()
-        return x / std * (std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
+        z = z.unflatten(0, (-1, rows or len(z)))                                        # (groups, rows, K, latent_dim)
+        group_mean = z.mean(1, keepdim=True) if z.shape[1] > 1 else mean
+        x = z - group_mean
+        std = (x.square().mean((1, 2), keepdim=True) + 1e-6).sqrt()
+        return (x / std * (std * rstd).detach() + ((group_mean - mean) * rstd).detach()).flatten(0, 1)
 
     def decoder_start(self, B):
         """The decoder's queries (B, L, d) behind the first self-attention, where nothing of the latents is in them yet:
@@ -425,18 +434,24 @@ class LDLM(Objective):
     """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
     much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
     encoder_warmup: steps until the denoiser's whole gradient reaches the encoder. adaptive: AdaptiveTimesteps, else t
-    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]."""
+    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]. stats_rows: how many
+    rows share the statistics of LatentModel.normalise's gradient. For comparison only: schedule cubic, and
+    feature_loss False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
     one_chunk_per_row = True
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
-                 adaptive=True, self_cond=True):
+                 adaptive=True, self_cond=True, stats_rows=16, schedule='tangent', feature_loss=True):
         super().__init__(model, None, separator, eos_id)
         if model.cfg.prefix_len and not encoder.path.startswith('random:') and not getattr(encoder, 'causal', True):
             raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
+        if schedule not in ('tangent', 'cubic'):
+            raise SystemExit(f"schedule must be tangent or cubic, got {schedule!r}")
+        if stats_rows < 1: raise SystemExit(f"stats_rows must be at least 1, got {stats_rows}")
         self.encoder = encoder
         self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
-                             adaptive=adaptive, self_cond=self_cond)
+                             adaptive=adaptive, self_cond=self_cond, stats_rows=stats_rows, schedule=schedule,
+                             feature_loss=feature_loss)
 
     @property
     def dlm(self):
@@ -503,10 +518,14 @@ class LDLM(Objective):
         before = first + torch.arange(-c.prefix_len, 0, device=first.device)
         return batch.ids.gather(1, at), take(at), dict(context=take(before), seen=before > 0) if c.prefix_len else {}
 
+    def alpha_sigma(self, t):
+        if self.settings['schedule'] == 'cubic': return cubic_alpha_sigma(t)
+        return tangent_alpha_sigma(t, self.settings['tangent_d'])
+
     def _denoise(self, z, t, seed, guess, prefix):
         """z_hat (B, K, d) of z noised to the level t (B,); the rows `guess` get the model's first guess."""
         m = self.model
-        alpha, sigma = (x[:, None, None] for x in tangent_alpha_sigma(t, self.settings['tangent_d']))
+        alpha, sigma = (x[:, None, None] for x in self.alpha_sigma(t))
         zt, mods = alpha * z + sigma * row_noise(seed, z.shape[1:]), m.modulations(t)
         z_sc = torch.zeros_like(z)
         if len(guess):
@@ -523,18 +542,21 @@ class LDLM(Objective):
         """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
         m, s, noise = self.model, self.settings, batch.noise
         ids, h, prefix = self._window(batch)
+        if len(ids) % s['stats_rows']:
+            raise SystemExit(f"micro-batches must be a multiple of stats_rows = {s['stats_rows']} rows, got {len(ids)}")
         raw = m.encode(h)
-        z0 = m.normalise(raw)
+        z0 = m.normalise(raw, s['stats_rows'])
         z = z0.detach() + encoder_grad_scale(batch.step, s['encoder_warmup']) * (z0 - z0.detach())
         t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
         diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
         h_hat = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
         feat = (h_hat - h).square().mean((1, 2))
-        states = m.token_states(h_hat.detach()).flatten(0, 1)                           # the token loss ends here
+        seen = h_hat.detach() if s['feature_loss'] else h_hat                           # the token loss ends here
+        states = m.token_states(seen).flatten(0, 1)
         w = noise['weight']
         ce_loss, ce = K.linear_cross_entropy(states, m.head.weight, ids.flatten(),
                                              (w / ids.shape[1]).float().repeat_interleave(ids.shape[1]))
-        loss = (w * (diff + feat)).sum() + ce_loss
+        loss = (w * (diff + feat * s['feature_loss'])).sum() + ce_loss
         row = w.count_nonzero()
         total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
@@ -556,26 +578,45 @@ class LDLM(Objective):
 
     @torch.no_grad()
     def validate(self, batches, seed, k=1):
-        """Denoising loss at uniform t (with self-conditioning); MSE of the features and share of tokens decoded right
-        from clean latents; the latter from z_hat(t). score = denoising loss + 1 - accuracy [S]: 'best' minimises it."""
-        m = self.model
-        sums = torch.zeros(6, dtype=torch.float64, device=m.head.weight.device)
+        """denoise: its loss at uniform t, with self-conditioning. features: MSE from clean latents. accuracy: share of
+        tokens decoded right from clean latents, _noisy: with the noise of training, _t: from z_hat at uniform t.
+        linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
+        between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
+        the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
+        score = denoise + 1 - accuracy [S]: 'best' minimises it."""
+        m, s, sums = self.model, self.settings, {}
         for batch in batches:
             batch = self.prepare(batch, seed)
             noise, used = batch.noise, (batch.noise['weight'] > 0).double()
             ids, h, prefix = self._window(batch)
-            z0 = m.normalise(m.encode(h))
-            guess = torch.arange(len(ids) * self.settings['self_cond'], device=ids.device)
-            z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), self._decode(z0)
+            raw = m.encode(h)
+            z0, xi = m.normalise(raw), noise['xi']
+            rest = noise['seed'], torch.arange(len(ids) * s['self_cond'], device=ids.device), prefix
+            z_hat, h_hat = self._denoise(z0, xi, *rest), self._decode(z0)
+            noisy = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+            at_xi = self._denoise(z0, m.timesteps.quantile(xi), *rest) if s['adaptive'] else z_hat
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, self._decode(z_hat))]
-            errors = [(used * (a - b).square().mean((1, 2))).sum() for a, b in ((z_hat, z0), (h_hat, h))]
-            sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
-        if dist.is_initialized(): dist.all_reduce(sums)
-        diff, feat, right, right_t, n_tokens, n_rows = sums.tolist()
-        return dict(score=diff / n_rows + 1 - right / n_tokens, denoise=diff / n_rows, features=feat / n_rows,
-                    accuracy=right / n_tokens, accuracy_t=right_t / n_tokens, n_tokens=int(n_tokens),
-                    n_rows=int(n_rows))
+            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, noisy, self._decode(z_hat))]
+            mse = lambda a, b, used=used: used * (a - b).square().mean((1, 2))
+            z, raw = (x.double() * used[:, None, None] for x in (z0, raw))
+            new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *right, text.sum(), used.sum()]),
+                       curve=used.new_zeros(2, 16).index_add_(1, (xi * 16).long(), torch.stack([mse(at_xi, z0), used])),
+                       outer=z.flatten(0, 1).T @ z.flatten(0, 1), raw=torch.stack([raw.sum(0), raw.square().sum(0)]))
+            sums = {name: sums.get(name, 0) + x for name, x in new.items()}
+        if dist.is_initialized():
+            for x in sums.values(): dist.all_reduce(x)
+        diff, feat, *right, n_tokens, n_rows = sums['all'].tolist()
+        accuracy, noisy, at_t = (n / n_tokens for n in right)
+        mean, square = sums['raw'] / n_rows
+        loss = sums['curve'][0] / sums['curve'][1]                                      # per bin of xi, nan: no row
+        points = torch.stack([loss, torch.arange(16.0, device=loss.device)])[:, loss.isfinite()]
+        p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
+        p = p / p.sum()
+        return dict(score=diff / n_rows + 1 - accuracy, denoise=diff / n_rows, features=feat / n_rows,
+                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
+                    linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
+                    latent_variance=(square - mean ** 2).mean().item(),
+                    effective_rank=(-(p * p.log()).sum()).exp().item(), n_tokens=int(n_tokens), n_rows=int(n_rows))
 
     def _tokens(self, h):
         """Features (B, L, F) -> tokens (B, L)."""
@@ -591,7 +632,7 @@ class LDLM(Objective):
             raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
         t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
         if time_grid == 'adaptive': t[1:-1] = self.model.timesteps.quantile(t[1:-1]).double().cpu()
-        alpha, sigma = tangent_alpha_sigma(t, self.settings['tangent_d'])
+        alpha, sigma = self.alpha_sigma(t)
         (a_t, a_s), (s_t, s_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
         v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t

@@ -18,6 +18,7 @@ from ldlm import (
     LatentConfig,
     LatentModel,
     Sampler,
+    cubic_alpha_sigma,
     encoder_grad_scale,
     row_noise,
     tangent_alpha_sigma,
@@ -34,7 +35,7 @@ def tiny(encoder='random:24:64', settings=None, **kw):
     encoder = Encoder(encoder).load()
     model = LatentModel(LatentConfig(**SMALL | dict(vocab_size=encoder.vocab_size, feature_dim=encoder.width) | kw))
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)              # nothing is zero: every path counts
-    return LDLM(encoder, model, separator=0, eos_id=0, **settings or {})
+    return LDLM(encoder, model, separator=0, eos_id=0, **dict(stats_rows=2) | (settings or {}))
 
 
 def rows(n, T=13, vocab=64, seed=0):
@@ -62,10 +63,25 @@ def test_tangent_schedule():
     torch.testing.assert_close(logsnr, -2 * (3 * (math.pi * t[:4] / 2).tan()).log())
 
 
+def test_cubic_schedule():
+    """What the tangent schedule is compared with; the sampler's steps follow whichever the model was trained on."""
+    t = torch.tensor([0.1, 0.2, 0.5, 0.9, 0.0, 1.0], dtype=torch.float64)
+    alpha, sigma = cubic_alpha_sigma(t)
+    torch.testing.assert_close(alpha ** 2, torch.tensor([.999, .992, .875, .271, 1, 0], dtype=torch.float64))
+    torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones_like(t))
+    o = tiny(settings=dict(schedule='cubic'))
+    (a, b, _), a0 = o.grid(10)[1][4], tiny().grid(10)[1][4, 0]
+    alpha, sigma = cubic_alpha_sigma(torch.tensor([0.6, 0.5], dtype=torch.float64))
+    assert a == pytest.approx(sigma[1] / sigma[0]) and b == pytest.approx(alpha[1] - a * alpha[0])
+    assert abs(a - a0) > 0.01 and o(o.prepare(rows(4), 0))[0] != tiny()(o.prepare(rows(4), 0))[0]
+    with pytest.raises(SystemExit, match='tangent or cubic'): tiny(settings=dict(schedule='cosine'))
+
+
 def test_warm_up_values():
     for share, value in ((0.5, .054), (0.8, .568), (0.9, .830)):
         assert encoder_grad_scale(share * 50_000, 50_000) == pytest.approx(value, abs=1e-3)
     assert encoder_grad_scale(0, 100) == pytest.approx(1e-3)
+    assert encoder_grad_scale(0, -1) == encoder_grad_scale(10 ** 6, -1) == 0
     assert encoder_grad_scale(100, 100) == encoder_grad_scale(500, 100) == encoder_grad_scale(0, 0) == 1
 
 
@@ -107,6 +123,54 @@ def test_token_loss_stops_at_the_features():
     assert h_hat.requires_grad                          # it is the loss that detaches
 
 
+def test_without_the_feature_loss_the_token_loss_goes_through():
+    """feature_loss=False: cross-entropy reaches decoder and encoder, and |h_hat - h|^2 is in no gradient."""
+    o = tiny(settings=dict(feature_loss=False))
+    batch = o.prepare(rows(4), 0)
+    whole, loss = gradients(o, batch), o(batch)[0].item()
+    o.model.head.weight.data.zero_()                    # a token loss without a gradient, and ln 64
+    silent = gradients(o, batch)
+    for name, g in silent.items():
+        if name.startswith('decoder'): assert not g.any() and whole[name].any(), name
+        elif name.startswith('dit'): torch.testing.assert_close(g, whole[name])
+        elif name.startswith('encoder'): assert g.any() and not torch.allclose(g, whole[name]), name
+    stats = o(batch)[1]
+    assert o(batch)[0].item() == pytest.approx(stats['denoise'][0].item() / 4 + math.log(64), rel=1e-4) != loss
+
+
+def test_never_is_the_gradient_of_the_features_alone():
+    """encoder_warmup=-1: what the encoder gets is what it got at g -> 0."""
+    never, late = (tiny(settings=dict(encoder_warmup=w)) for w in (-1, 10 ** 9))
+    batch = never.prepare(rows(4), 0)
+    a, b = gradients(never, batch), gradients(late, batch)
+    for name in a: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=1e-3)
+    assert a['dit.0.mlp.down_proj.weight'].any()
+
+
+def test_what_validation_says_of_the_latents():
+    """One text for all rows: no variance between latents. Noise on the decoder's input costs accuracy. The effective
+    rank is that of the latents' second moments; the curve is R^2 over xi, with as many terms as rows fill bins."""
+    o, batch = tiny(settings=dict(sigma_dec=30.0)), rows(64)
+    val = o.validate([part(batch, 0, 32), part(batch, 32, 64)], 0)
+    assert o.validate([batch], 0) == pytest.approx(val, rel=1e-4)
+    raw = o.model.encode(o._window(o.prepare(batch, 0))[1]).detach()
+    assert val['latent_variance'] == pytest.approx(raw.var(0, correction=0).mean().item(), rel=1e-4)
+    with torch.no_grad(): z = o.model.normalise(raw).flatten(0, 1)
+    p = torch.linalg.svdvals(z.double()) ** 2
+    p = p / p.sum()
+    assert val['effective_rank'] == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
+    assert 1 < val['effective_rank'] < 32 and 0 <= val['linearity'] <= 1
+    same = replace(batch, ids=batch.ids[:1].expand_as(batch.ids).contiguous())
+    assert o.validate([same], 0)['latent_variance'] < 1e-9
+    noise = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    o._denoise = lambda z, t, *_: z + t[:, None, None].sqrt() * (1 + 0.01 * noise[:len(z), :, None])
+    assert o.validate([batch], 0)['linearity'] > 0.99
+    o._denoise = lambda z, t, *_: z + t[:, None, None] ** 3
+    assert o.validate([batch], 0)['linearity'] < 0.8
+    o.model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) ** 6)                  # drawn so that t^6 is linear
+    assert o.validate([batch], 0)['linearity'] > 0.99
+
+
 def test_decoder_noise_is_for_training_only():
     batch = rows(4)
     losses = lambda o, seed: o(o.prepare(batch, seed))[1]['features'][0].item()
@@ -144,13 +208,25 @@ def test_the_gradient_can_neither_shift_nor_scale_the_latents():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """Loss, gradients and stats of 4 rows = those of rows 0-1 plus rows 2-3: noise belongs to the row."""
-    o = tiny(prefix_len=4)
-    whole = rows(4)
+    """Loss, stats and gradients of 4 rows = those of rows 0-1 plus rows 2-3: noise belongs to the row, statistics to
+    groups of stats_rows. With all 4 rows as one group, the gradients would differ."""
+    def grads(o):
+        found = {n: p.grad.clone() for n, p in o.model.named_parameters()}
+        o.zero_grad()
+        return found
+    o, whole = tiny(prefix_len=4), rows(4)
     loss, stats = o(o.prepare(whole, 3))
-    halves = [o(o.prepare(part(whole, lo, lo + 2), 3)) for lo in (0, 2)]
+    loss.backward()
+    want, halves = grads(o), [o(o.prepare(part(whole, lo, lo + 2), 3)) for lo in (0, 2)]
     torch.testing.assert_close(loss, halves[0][0] + halves[1][0])
     for k in stats: torch.testing.assert_close(stats[k], halves[0][1][k] + halves[1][1][k])
+    for half, _ in halves: half.backward()
+    for name, g in grads(o).items(): torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5, msg=name)
+    o.settings['stats_rows'] = 4
+    o(o.prepare(whole, 3))[0].backward()
+    g, name = grads(o), 'encoder.0.mlp.down_proj.weight'
+    assert (g[name] - want[name]).norm() > 0.01 * want[name].norm()
+    with pytest.raises(SystemExit, match='multiple of stats_rows = 4'): o(o.prepare(part(whole, 0, 2), 3))
 
 
 def test_rows_of_padding_count_nothing():
