@@ -524,8 +524,8 @@ def sizes(**kw):
 
 
 def test_parameters_of_the_papers_table():
-    """6 Perceiver layers of 14 d^2 (49.5M), a token decoder of 3 x 16 d^2 with its head (66.9M), 12 DiT layers of 18 d^2
-    and 7 d^2 around them (131.5M), positions and queries aside: to 0.1%, what is more are norms and biases."""
+    """6 Perceiver layers of 14 d^2 (49.5M), a token decoder of 3 x 16 d^2 and its head (66.9M), 12 DiT layers of 18 d^2
+    and 7 d^2 around them (131.5M), positions and queries aside: to 0.1%; what is more are norms and biases."""
     m, d = sizes(vocab_size=50257, feature_dim=768, max_seq_len=129), 768
     for part, squares in (('encoder', 6 * 14), ('decoder', 6 * 14), ('dit', 12 * 18 + 7)):
         assert m.n_params(False, part) == pytest.approx(squares * d * d, rel=1e-3), part
