@@ -732,7 +732,7 @@ def latent_sampler(o, way, B, n_steps, mode):
     compiled = mode if way.startswith('compiled') else ''
     if compiled: torch.compiler.reset()
     sampler = Sampler(o, B, n_steps, compiled=compiled)
-    if way == 'compiled': sampler.denoise, sampler.decode = in_torch(sampler.denoise), in_torch(sampler.decode)
+    if way == 'compiled': sampler.step, sampler.decode = in_torch(sampler.step), in_torch(sampler.decode)
     return sampler
 
 

@@ -708,7 +708,7 @@ class Sampler:
     What no latent enters is computed here, once: modulations and factors of every step, the decoder's queries behind
     their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
-    compiled: '' or a mode of torch.compile without CUDA graphs, for the denoiser and for the decoders."""
+    compiled: '' or a mode of torch.compile without CUDA graphs, for a step, for the decoders and for the noise."""
 
     def __init__(self, objective, B, n_steps, eta=0.0, time_grid='uniform', compiled=''):
         o, device = objective, objective.model.head.weight.device
@@ -718,24 +718,30 @@ class Sampler:
         self.self_cond, self.scale = o.settings['self_cond'], (1 + o.settings['sigma_dec'] ** 2) ** -0.5
         times, factors = o.grid(n_steps, time_grid, eta)
         with torch.no_grad(), self.autocast:
-            self.steps = [(m.modulations(t), *abc) for t, abc in zip(times.to(device).split(1), factors.tolist())]
+            self.steps = [(m.modulations(t), *ab.float().to(device), eta_part.item()) for t, ab, eta_part in zip(
+                times.to(device).split(1), factors[:, :2], factors[:, 2])]
             self.start = m.decoder_start(B)
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
+        parts = self._step, lambda z: m.token_states(m.decode(z * self.scale, self.start)), row_noise
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
-        self.denoise, self.decode = wrap(m.denoise), wrap(lambda z: m.token_states(m.decode(z, self.start)))
+        self.step, self.decode, self.noise = map(wrap, parts)
         self.n_calls, self.graph = 0, None
+
+    def _step(self, z, z_hat, mods, a, b, prefix):
+        """-> z at the next time (without the noise of eta), z_hat."""
+        z_hat = self.m.denoise(z, mods, z_hat if self.self_cond else torch.zeros_like(z), **prefix)
+        return torch.addcmul(a * z, b, z_hat), z_hat
 
     @torch.no_grad()
     def latents(self, seeds, context=None, seen=None, see=None):
         """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
         shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
         with self.autocast:
-            z = row_noise(seeds, shape)
-            z_hat = nothing = torch.zeros_like(z)
+            z = self.noise(seeds, shape)
+            z_hat = torch.zeros_like(z)
             prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
-            for i, (mods, a, b, c) in enumerate(self.steps):
-                z_hat = self.denoise(z, mods, z_hat if self.self_cond else nothing, **prefix)
-                z = torch.add(a * z, z_hat, alpha=b)
+            for i, (*step, c) in enumerate(self.steps):
+                z, z_hat = self.step(z, z_hat, *step, prefix)
                 if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
                 if see: see(z_hat)
         return z
@@ -743,7 +749,7 @@ class Sampler:
     @torch.no_grad()
     def states(self, z):
         """-> token_states (B, L, d)."""
-        with self.autocast: return self.decode(z * self.scale)
+        with self.autocast: return self.decode(z)
 
     def tokens(self, *args):
         """(B, L) int64, without a graph."""
