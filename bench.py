@@ -737,8 +737,8 @@ def latent_sampler(o, way, B, n_steps, mode):
 
 
 def run_ldlm(c):
-    """Ways: eager, the plain loop; graph, ldlm.Sampler with our kernels; compiled_kernels, the same under torch.compile
-    with our kernels as they are; compiled, with their references, which it fuses. Yields as run_kernels does."""
+    """All batches and numbers of steps at the first number of tokens, fewer beyond and with adaLN; compiled ways for
+    the first batch. Yields as run_kernels does."""
     on_gpu, numbers = c.device == 'cuda', lambda text: list(map(int, text.split(',')))
     roof = rooflines(on_gpu)
     rows = [dict(shape='roof', way='copy', gb_per_s=roof['bytes'] / 1e9, teraflops=roof['FLOP'] / 1e12)]
@@ -753,10 +753,10 @@ def run_ldlm(c):
             for B, n_steps in itertools.product(numbers(c.batches), numbers(c.n_steps)):
                 plain = first and B == numbers(c.batches)[0]
                 if adaln and not plain or not first and n_steps != numbers(c.n_steps)[0]: continue
-                ways = ['graph', *['eager'] * first, *['compiled_kernels', 'compiled'] * (plain and c.compile != '')]
-                for way in ways:
+                for way in c.ways.split(','):
+                    if way == 'eager' and not first or way.startswith('compiled') and (adaln or not plain): continue
                     rows.append(dict(shape=shape, way=way, tokens=tokens, batch=B, steps=n_steps))
-                    try: rows[-1] |= time_latents(o, way, B, n_steps, roof, c.compile, compared=first)
+                    try: rows[-1] |= time_latents(o, way, B, n_steps, roof, c.mode, compared=first)
                     except (Exception, SystemExit) as e: rows[-1]['error'] = error_line(e)
                     if on_gpu: torch.cuda.empty_cache()
                 yield f'{shape}: {tokens} tokens, batch {B}, {n_steps} steps', rows
@@ -830,7 +830,9 @@ if __name__ == '__main__':
     latents = '64,128,256'          # tokens of a chunk, a latent for each
     batches = '1,4,16,64'           # the first with all ways
     n_steps = '10,4'                # of the denoiser
-    compile = 'default'             # mode of torch.compile; '' = no compiled ways; max-autotune-no-cudagraphs
+    ways = 'graph,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; compiled: it under torch.compile, which
+                                    # fuses the references of our kernels; compiled_kernels: with the kernels themselves
+    mode = 'default'                # of torch.compile, or max-autotune-no-cudagraphs
     seed = 0
     device = ''                     # cuda or cpu; default: cuda when there is one
     out_dir = 'out/bench'
@@ -858,6 +860,8 @@ if __name__ == '__main__':
     for name in ('latents', 'batches', 'n_steps'):
         if not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', config[name]):
             raise SystemExit(f"{name} must be a comma list of numbers from 1, got {config[name]!r}")
+    if set(ways.split(',')) - {'graph', 'eager', 'compiled', 'compiled_kernels'}:
+        raise SystemExit(f"ways is a comma list of graph, eager, compiled, compiled_kernels, got {ways!r}")
     for file in shapes.split(','):
         if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
     path = Path(result or f'{out_dir}/{what}.json')

@@ -203,7 +203,14 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+def add_norm(norm, x, delta):
+    """-> norm(x + delta), x + delta: the sum is formed inside the norm. delta None: nothing to add."""
+    return (norm(x), x) if delta is None else norm(delta, x)
+
+
 class PerceiverBlock(nn.Module):
+    """The residual stream is x + delta, as in model.Block: every sum is left to the norm that follows it."""
+
     def __init__(self, cfg, kind):
         super().__init__()
         norm = lambda: RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -211,14 +218,16 @@ class PerceiverBlock(nn.Module):
         if kind == 'split': self.cross_norm, self.cross_attn = norm(), Attention(cfg, own=False, other=True)
         self.mlp_norm, self.mlp, self.joint = norm(), MLP(cfg), kind == 'joint'
 
-    def forward(self, x, rot, inputs, inputs_rot, has_looked=False):
-        """has_looked: x is behind the self-attention already. A norm of two forms their sum on the way."""
-        if self.joint: y, x = self.mlp_norm(self.self_attn(self.self_norm(x), rot, inputs, inputs_rot), x)
-        else:
-            if has_looked: y = self.cross_norm(x)
-            else: y, x = self.cross_norm(self.self_attn(self.self_norm(x), rot), x)
-            y, x = self.mlp_norm(self.cross_attn(y, rot, inputs, inputs_rot), x)
-        return x + self.mlp(y)
+    def forward(self, x, delta, rot, inputs, inputs_rot, has_looked=False):
+        """has_looked: x is behind the self-attention already."""
+        if not has_looked:
+            y, x = add_norm(self.self_norm, x, delta)
+            delta = self.self_attn(y, rot, *((inputs, inputs_rot) if self.joint else ()))
+        if not self.joint:
+            y, x = add_norm(self.cross_norm, x, delta)
+            delta = self.cross_attn(y, rot, inputs, inputs_rot)
+        y, x = add_norm(self.mlp_norm, x, delta)
+        return x, self.mlp(y)
 
 
 class DiTBlock(nn.Module):
@@ -228,14 +237,15 @@ class DiTBlock(nn.Module):
         if not cfg.dit_adaln: self.attn_norm, self.mlp_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
 
-    def forward(self, x, mod, rot, context=None, context_rot=None, mask=None):
+    def forward(self, x, delta, mod, rot, context=None, context_rot=None, mask=None):
         """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None."""
         if mod is None:
-            y, x = self.mlp_norm(self.attn(self.attn_norm(x), rot, context, context_rot, mask), x)
-            return x + self.mlp(y)
+            y, x = add_norm(self.attn_norm, x, delta)
+            y, x = self.mlp_norm(self.attn(y, rot, context, context_rot, mask), x)
+            return x, self.mlp(y)
         scale1, shift1, gate1, scale2, shift2, gate2 = mod
         x = K.gated_add(x, self.attn(K.modulate(x, scale1, shift1), rot, context, context_rot, mask), gate1)
-        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2)
+        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2), None
 
 
 class LatentModel(nn.Module):
@@ -305,12 +315,13 @@ class LatentModel(nn.Module):
         return 6 * (self.n_params() - dit) * self.cfg.chunk_len / seq_len + 7 * dit * share
 
     # -- the four networks
-    def _run(self, blocks, x, *args):
+    def _run(self, blocks, x, delta, *args):
+        """-> x, delta behind the blocks."""
         for block in blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=False)
-            else: x = block(x, *args)
-        return x
+                x, delta = checkpoint(block, x, delta, *args, use_reentrant=False, preserve_rng_state=False)
+            else: x, delta = block(x, delta, *args)
+        return x, delta
 
     def _rot(self, what, B):
         """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix, made once."""
@@ -337,8 +348,8 @@ class LatentModel(nn.Module):
         B = len(h)
         inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
         x = self._start(self.encoder_queries, inputs)
-        x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
-        return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
+        x, delta = self._run(self.encoder, x, None, self._rot('latents', B), inputs, self._rot('tokens', B))
+        return F.rms_norm(self.encoder_out(x + delta).float(), (self.cfg.latent_dim,), eps=1e-10)
 
     def normalise(self, z, rows=0):
         """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension.
@@ -369,14 +380,15 @@ class LatentModel(nn.Module):
         B = len(z)
         inputs, blocks = self._cast(self.decoder_in(z) + self.decoder_pos), self.decoder
         args = self._rot('tokens', B), inputs, self._rot('latents', B)
-        if start is None: x = self._start(self.decoder_queries, inputs)
-        else: x, blocks = blocks[0](start, *args, True), blocks[1:]
-        return self.decoder_out(self._run(blocks, x, *args)).float()
+        if start is None: x, delta = self._start(self.decoder_queries, inputs), None
+        else: (x, delta), blocks = blocks[0](start, None, *args, True), blocks[1:]
+        x, delta = self._run(blocks, x, delta, *args)
+        return self.decoder_out(x + delta).float()
 
     def token_states(self, h):
         """Features -> (B, L, d), what the head turns into logits."""
         x, rot = self._cast(self.token_decoder_in(h)), self._rot('tokens', len(h))
-        return self.token_decoder_norm(self._run(self.token_decoder, x, rot, x, rot))
+        return add_norm(self.token_decoder_norm, *self._run(self.token_decoder, x, None, rot, x, rot))[0]
 
     def modulations(self, t):
         """All that depends on t (B,) alone, for a fixed grid computable once: per block, and for the output."""
@@ -404,9 +416,10 @@ class LatentModel(nn.Module):
             mask = torch.cat([seen, seen.new_ones(B, x.shape[1])], 1)[:, None, None]
             is_raw = torch.is_tensor(context)
             contexts = [self._cast(self.dit_context(context))] * len(self.dit) if is_raw else context
+        delta = None
         for block, mod, other in zip(self.dit, per_block, contexts):
-            x = self._run([block], x, mod, rot, other, self._rot('prefix', B) if P else None, mask)
-        x = K.modulate(x, *last) if self.cfg.dit_adaln else self.dit_norm(x)
+            x, delta = self._run([block], x, delta, mod, rot, other, self._rot('prefix', B) if P else None, mask)
+        x = K.modulate(x, *last) if self.cfg.dit_adaln else add_norm(self.dit_norm, x, delta)[0]
         return self.dit_out(x).float()
 
     # -- files

@@ -170,7 +170,7 @@ def ldlm_config(tmp_path):
         text = text.replace(old, new)
     (tmp_path / 'ldlm_toy.py').write_text(text)
     return SimpleNamespace(shapes=str(tmp_path / 'ldlm_toy.py'), latents='8,16', batches='1,2', n_steps='3,2', seed=0,
-                           device='cpu', compile='default')
+                           device='cpu', mode='default', ways='graph,eager,compiled_kernels,compiled')
 
 
 def test_ldlm(ldlm_config, monkeypatch):
