@@ -830,8 +830,8 @@ if __name__ == '__main__':
     latents = '64,128,256'          # tokens of a chunk, a latent for each
     batches = '1,4,16,64'           # the first with all ways
     n_steps = '10,4'                # of the denoiser
-    ways = 'graph,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; compiled: it under torch.compile, which
-                                    # fuses the references of our kernels; compiled_kernels: with the kernels themselves
+    ways = 'graph,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; compiled: it, and torch.compile fuses
+                                    # the references of our kernels; compiled_kernels: with the kernels themselves
     mode = 'default'                # of torch.compile, or max-autotune-no-cudagraphs
     seed = 0
     device = ''                     # cuda or cpu; default: cuda when there is one
