@@ -439,3 +439,15 @@ def test_full_width_and_the_same_bits_twice():
             out = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)))
             twice.append(torch.autograd.grad(out, leaves))
         assert all(map(torch.equal, *twice))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+@pytest.mark.parametrize('N', [1, 64, 128, 700])
+def test_head_argmax_at_full_size(N):
+    """248,320 columns in bf16: what it picks is the largest logit, up to the order of summation in fp32."""
+    h, weight = (randn(n, 2048, seed=n, dtype=torch.bfloat16, grad=False) for n in (N, 248_320))
+    z = h.float() @ weight.float().T
+    got = K.head_argmax(h, weight)
+    assert got.shape == (N,) and (z.gather(1, got[:, None]).squeeze(1) - z.max(1).values).abs().max() < 1e-2
+    assert (got == z.argmax(1)).float().mean() > 0.99
