@@ -2,7 +2,9 @@
 linear, a sampler that recovers a known Gaussian, sizes of the published tables, a tiny model that learns its text."""
 import json
 import math
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -541,6 +543,17 @@ def test_parameters_of_the_readmes_table(d, n_ff, table):
               perceiver_layers=4, decoder_layers=2, perceiver_block='split', dit_adaln=False)
     for part, millions in table.items():
         assert m.n_params(part='' if part == 'total' else part) / 1e6 == pytest.approx(millions, rel=1e-3), part
+
+
+def test_ablations():
+    """sigma from the capacity of a latent: 512 dimensions at sigma 3 hold 39 bits; arms name settings of train.py."""
+    root = Path(__file__).parent.parent
+    script, train = runpy.run_path(root / 'experiments/ldlm_ablations.py'), (root / 'train.py').read_text()
+    assert script['capacity_sigma'](512, 39) == pytest.approx(3, abs=0.01)
+    sigma = script['ARMS']['I'][1]['sigma_dec']
+    assert 128 / 2 * math.log2(1 + sigma ** -2) == pytest.approx(39, abs=0.1)
+    for _, settings in script['ARMS'].values():
+        for key in settings: assert f'\n{key} = ' in train, key
 
 
 # ---- encoder and data --------------------------------------------------------------------------------------
