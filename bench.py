@@ -4,7 +4,7 @@
     python bench.py train --packed=true     # rows of several documents; FlexAttention and varlen attention join in
     python bench.py train --largest=true    # each peer at the largest micro-batch that fits
     python bench.py train --profile=true    # where the milliseconds of our step go; a chrome trace in out_dir
-    python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows
+    python bench.py memory                  # peak memory over micro-batches of 1, 2, 4, ... rows up to the largest
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
     python bench.py sandbox                 # programs per second, and what the isolation costs
     python bench.py ldlm                    # text per second from latent diffusion, at the sizes of two configs
@@ -283,6 +283,11 @@ class Peer:
         return dict(ms=[a.elapsed_time(b) for a, b in zip(marks, marks[1:])],
                     peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
+    def room(self):
+        """GiB that are free while the weights are parked, less 3% for fragments; what weights, gradients and AdamW's
+        state take of them."""
+        return 0.97 * torch.cuda.mem_get_info()[0] / 2 ** 30, 16 * sum(p.numel() for p in self.params) / 2 ** 30
+
     def memory(self, B):
         """Peak GiB of a step, None if it does not fit."""
         try:
@@ -397,7 +402,8 @@ def take_turn(c, ask, row, is_first, file):
     if is_first and train: row.update(ask('gate', c.batch, file), batch=c.batch)
     if is_first and (c.largest or not train):
         if train: ask('park')
-        row['peaks'] = search(lambda B: ask('memory', B), c.batch if train else c.min_batch, c.max_batch)
+        row['peaks'] = search(lambda B: ask('memory', B), c.batch if train else c.min_batch, c.max_batch,
+                              *ask('room'), not train)
         row['batch'] = max((B for B, peak in row['peaks'].items() if peak is not None), default=0)
         if not row['batch']: raise RuntimeError("no micro-batch fits")
         if train: ask('setup', row['batch'])
@@ -417,16 +423,19 @@ def take_turn(c, ask, row, is_first, file):
     ask('park')
 
 
-def search(peak_of, start, most):
-    """{rows: peak GiB, or None where they do not fit}: doubling up to `most`, then bisection until what fits and what
-    does not are within 1/8."""
+def search(peak_of, start, most, room, fixed, double):
+    """{rows: peak GiB, or None where they do not fit}. Peaks lie close to a straight line that begins at `fixed`: what
+    fills `room` GiB can be guessed. Guesses go on until one more would win less than 1/16. `double`: in powers of 2
+    on the way, for the curve."""
     tried, B = {}, start
     while True:
         tried[B] = peak_of(B)
         fits = max((b for b in tried if tried[b] is not None), default=0)
-        bad = min((b for b in tried if tried[b] is None), default=0)
-        if bad - fits <= max(1, fits // 8) if bad else fits == most: return tried
-        B = (fits + bad) // 2 if bad else min(2 * fits, most)
+        bad = min((b for b in tried if tried[b] is None), default=most + 1)
+        B = int((room - fixed) / (tried[fits] - fixed) * fits) if fits else bad // 2
+        if double and fits: B = min(B, 2 * fits)
+        if B >= bad: B = bad - max(bad // 16, 1)
+        if B <= fits + fits // 16: return tried
 
 
 KINDS = dict(fused='triton_(poi|per|red)', attention='flash|fmha|sdpa|attention|attn|flex',
@@ -564,7 +573,7 @@ def measure(f, inputs, answer, on_gpu):
     outs = f(*inputs)
     outs = [y for y in ([outs] if torch.is_tensor(outs) else outs) if y.requires_grad]
     torch.manual_seed(0)
-    douts = [torch.randn_like(y) for y in outs]
+    douts = [torch.randn(y.shape, device=y.device).to(y) for y in outs]     # randn_like goes by strides
     backward = lambda: torch.autograd.grad(outs, inputs, douts, retain_graph=True)
     found = [x.detach() for x in (*outs, *backward())]
     peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if on_gpu else None
@@ -592,6 +601,7 @@ def run_kernels(c):
     rows = [dict(kernel='roof', way='matmul', teraflops=roof['FLOP'] / 1e12),
             dict(kernel='roof', way='copy', gb_per_s=roof['bytes'] / 1e9)]
     for name, make in kernel_cases(c).items():
+        torch.compiler.reset()
         inputs, rest, unit, cost, others = make()
         ours, ref = ((lambda *x, f=getattr(K, f), rest=rest: f(*x, *rest)) for f in (name, f'{name}_ref'))
         answer = None

@@ -73,7 +73,8 @@ def _op(fake, contiguous=True):
         op.register_fake(fake)
 
         def call(*args):
-            return (op if torch.is_grad_enabled() or torch.compiler.is_compiling() else checked)(*args)
+            tracing = torch.compiler.is_compiling() or type(args[0]) is not Tensor      # AOTAutograd's fakes
+            return (op if torch.is_grad_enabled() or tracing else checked)(*args)
         call.op, call.register_autograd = op, op.register_autograd
         return call
     return register

@@ -108,7 +108,7 @@ class MDM(Objective):
             w = torch.from_numpy(weight).float().to(batch.ids.device)
             tokens, rows, n = scored_rows(w > 0, self.shift)
             xt = torch.where(w > 0, self.mask_id, batch.ids)
-            h = self.model.hidden(xt, batch.ranges, batch.pos).flatten(0, 1)[rows]
+            h = self.model.hidden(xt, batch.ranges, batch.pos).flatten(0, 1).index_select(0, rows)
             w = w.flatten()[tokens]
             targets = batch.ids.flatten()[tokens]
             _, ce = linear_cross_entropy(h, self.model.head_weight, targets, w, skip_col=self.mask_id)

@@ -6,6 +6,7 @@
     python plot.py --pass_at_k=results/eval_a.json,results/eval_b.json --out=pass_at_k.png
     python plot.py --sweep=results/sweep.json --metric=pass@1 --out=sweep.png
     python plot.py --pareto_of=results/a_samples.json,results/b_samples.json --out=pareto.png      # of gen_ppl sweeps
+    python plot.py --curves=results/a.json,results/b.json --metric=loss --x=minutes --out=curves.png   # of train.py
 """
 import csv
 import io
@@ -228,7 +229,7 @@ def results_table(files, as_csv=False):
     return text.getvalue()
 
 
-def figure(title, xlabel, ylabel, lines, out, log_x=False, notes=()):
+def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', notes=()):
     """lines: {label: (xs, ys)}; notes: {label: a text per point}."""
     try:
         import matplotlib
@@ -238,7 +239,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, notes=()):
 
     fig, ax = plt.subplots(figsize=(7, 4.2), dpi=150)
     for label, (xs, ys) in lines.items():
-        ax.plot(xs, ys, marker='o', ms=4, lw=1.6, label=label)
+        ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
         for x, y, note in zip(xs, ys, dict(notes).get(label, [])):
             ax.annotate(note, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
     if notes: ax.set_xscale('log')
@@ -248,7 +249,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, notes=()):
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
         ax.minorticks_off()
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if all(isinstance(x, int) for xs, _ in lines.values() for x in xs): ax.set_xticks(range(1, 1 + max(map(
+    if marker and all(isinstance(x, int) for xs, _ in lines.values() for x in xs): ax.set_xticks(range(1, 1 + max(map(
         max, (xs for xs, _ in lines.values())))))
     ax.grid(alpha=0.3)
     ax.spines[['top', 'right']].set_visible(False)
@@ -307,6 +308,16 @@ def pareto(files, out):
            out, notes=notes)
 
 
+def training_curves(files, metric, x):
+    """{file's name: (xs, ys)} from train.py's results: lines of metrics.jsonl that have both keys."""
+    lines = {}
+    for file in files:
+        points = [p for p in json.loads(Path(file).read_text()).get('curve', []) if metric in p and x in p]
+        if not points: raise SystemExit(f"{file} has no curve of {metric!r} over {x!r}")
+        lines[Path(file).stem] = [p[x] for p in points], [p[metric] for p in points]
+    return lines
+
+
 if __name__ == '__main__':
     check = False               # only compare README.md with results/
     table_of = ''               # comma list of eval.py's results
@@ -314,14 +325,16 @@ if __name__ == '__main__':
     sweep = ''                  # one result of eval.py --sweep
     pareto_of = ''              # comma list of eval.py's gen_ppl results
     metric = 'pass@1'           # of the sweep: pass@1, pass@10, exact_match, gen_ppl, bits_per_byte, token_entropy, ...
+    curves = ''                 # comma list of train.py's results; metric: a key of metrics.jsonl, loss or val_...
+    x = 'step'                  # of the curves: step, minutes or tokens
     out = ''                    # .md, .csv or .png
     from configurator import configure
     configure(globals(), quiet=True)
-    if (pass_at_k or sweep or pareto_of) and not out.endswith(('.png', '.pdf', '.svg')):
+    if (pass_at_k or sweep or pareto_of or curves) and not out.endswith(('.png', '.pdf', '.svg')):
         raise SystemExit("a figure needs --out=x.png (or .pdf, .svg)")
     if table_of and not out.endswith(('.md', '.csv')) and out: raise SystemExit("a table needs --out=x.md or x.csv")
     if out and not Path(out).parent.is_dir(): raise SystemExit(f"no directory {Path(out).parent}")
-    for file in filter(None, f'{table_of},{pass_at_k},{sweep},{pareto_of}'.split(',')):
+    for file in filter(None, f'{table_of},{pass_at_k},{sweep},{pareto_of},{curves}'.split(',')):
         if not Path(file).is_file(): raise SystemExit(f"no such file: {file}")
     if table_of:
         text = results_table(table_of.split(','), out.endswith('.csv'))
@@ -329,6 +342,7 @@ if __name__ == '__main__':
         print(text, end='')
     elif pass_at_k: pass_at_k_curves(pass_at_k.split(','), out)
     elif pareto_of: pareto(pareto_of.split(','), out)
+    elif curves: figure('', x, metric, training_curves(curves.split(','), metric, x), out, marker='')
     elif sweep:
         result = eval_result(sweep)
         key, lines = sweep_lines(result, metric)

@@ -558,7 +558,8 @@ if val and is_main:
         mfu=flops_per_token * speed / peak_flops if peak_flops and speed else None,
         validation=val | dict(estimator=obj.estimator, seed=eval_seed,
                               draws=eval_draws, split=val_split, dataset=dataset, dataset_sha256=data_hash),
-        config=config)
+        curve=[{k: v for k, v in json.loads(line).items() if not isinstance(v, list)}
+               for line in metrics_file.read_text().splitlines()], config=config)
     for file in filter(None, (result_file, result)): checkpoint.write_json(file, facts)
     card = checkpoint.model_card(obj, run_state(step, val), push_to_hub)
     if push_to_hub: checkpoint.upload(out / 'export', push_to_hub, card)

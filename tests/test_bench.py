@@ -112,12 +112,15 @@ def test_flops_are_those_of_training():
     assert bench.step_flops(c, packed) < bench.step_flops(c, batch)
 
 
+@pytest.mark.parametrize('off', [0.8, 1.0, 1.1])
 @pytest.mark.parametrize('fits', [0, 1, 2, 3, 16, 23, 57, 500])
-def test_search_ends_near_the_largest(fits):
-    for start in (1, 16):
-        tried = bench.search(lambda B: B / 2 if B <= fits else None, start, 512)
+def test_search_ends_near_the_largest(fits, off):
+    for start, double in ((1, False), (16, False), (1, True)):
+        tried = bench.search(lambda B: 8 + B / 2 if B <= fits else None, start, 512, 8 + off * fits / 2, 8.0, double)
         best = max((B for B, peak in tried.items() if peak is not None), default=0)
-        assert best <= fits <= best + max(1, best // 8) and len(tried) < 15
+        assert best <= fits and len(tried) < 15
+        assert min(off, 1) * fits - 1 <= best + max(1, best // 8)
+        if double: assert {2 ** i for i in range(9) if 2 ** i <= off * fits} <= set(tried)
 
 
 def test_out_of_memory_is_an_answer(task, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels as K
 from model import ModelConfig, Transformer
@@ -322,6 +323,16 @@ def test_which_path(monkeypatch):
     monkeypatch.setattr(K, 'KERNELS', 'torch')
     assert K.active('cpu') == 'torch (KERNELS=torch)'
     with pytest.raises(AssertionError, match='weight.shape'): K.rms_norm(x, weight[:4], 1e-6)
+
+
+def test_no_launch_while_tracing(monkeypatch):
+    """AOTAutograd traces with fake tensors and without gradients, and does not always say that it compiles."""
+    def launch(x: torch.Tensor) -> torch.Tensor: raise RuntimeError('launched')
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: False)
+    call = K._op(lambda x: torch.empty_like(x))(launch)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        assert call(mode.from_tensor(torch.ones(2, 3))).shape == (2, 3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='launched'): call(torch.ones(2, 3))
 
 
 # -- what the compiler makes of them -------------------------------------------------------------------------
