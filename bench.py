@@ -8,6 +8,7 @@
     python bench.py align config/bench_smollm2.py      # what alignment and frozen layers cost or save
     python bench.py kernels                 # each kernel against its reference, torch.compile of that, and Liger
     python bench.py sandbox                 # programs per second, and what the isolation costs
+    python bench.py ldlm                    # text per second from latent diffusion, at the sizes of two configs
     python bench.py train --device=cpu --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=4 --n_ff=128 --batch=4 \\
         --seq_len=64 --warmup=1 --steps=2 --peers=hf_eager,ours_eager               # a rehearsal
 
@@ -17,14 +18,17 @@ to 1.0, fused AdamW, zero_grad. Noise and attention masks are made before the cl
 and gradient agree with an fp32 reference computed row by row. MFU counts what has to be computed, the same for all:
 the head at masked rows, attention inside documents.
 """
+import dataclasses
 import functools
 import gc
 import importlib
 import inspect
+import itertools
 import math
 import multiprocessing
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -34,6 +38,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,10 +46,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._pytree import tree_leaves
 
 import kernels as K
 from checkpoint import provenance, write_json
 from data import Batch
+from encoder import Encoder
+from ldlm import LDLM, LatentConfig, LatentModel, Sampler, row_noise
 from mdm import MDM
 from model import ModelConfig, Transformer
 from repr_align import ReprAlign
@@ -639,6 +647,9 @@ def measure(f, inputs, answer, on_gpu):
                        forward_ms=median_ms(lambda: f(*inputs), on_gpu))
 
 
+def error_line(e): return ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+
+
 def rooflines(on_gpu):
     """FLOP/s of a matmul and bytes/s of a copy, measured now."""
     n, how = (8192, dict(device='cuda', dtype=torch.bfloat16)) if on_gpu else (256, {})
@@ -668,7 +679,7 @@ def run_kernels(c):
                 rate = cost / (facts['forward_ms'] + facts['backward_ms']) * 1e3
                 rows[-1] |= facts | dict(of_roof=rate / roof[unit])
                 rows[-1] |= dict(teraflops=rate / 1e12) if unit == 'FLOP' else dict(gb_per_s=rate / 1e9)
-            except (Exception, SystemExit) as e: rows[-1]['error'] = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+            except (Exception, SystemExit) as e: rows[-1]['error'] = error_line(e)
             found = None
             gc.collect()
         yield name, rows
@@ -709,8 +720,167 @@ def sandbox_table(rows):
                         'ms each': '{ms:.1f}'})
 
 
+# ---- sampling from a latent diffusion model ------------------------------------------------------------------
+
+
+def latent_objective(c, path, tokens, adaln):
+    """The LDLM of a config file with `tokens` per chunk, a latent each; random weights on the device, matrices in bf16
+    on a GPU. What starts at zero is drawn, too: with zeros in its way a weight could not matter."""
+    settings = runpy.run_path(path)
+    encoder = Encoder(settings['encoder']).load()
+    known = {f.name for f in dataclasses.fields(LatentConfig)} & settings.keys()
+    cfg = LatentConfig(**{k: settings[k] for k in known} | dict(
+        vocab_size=encoder.vocab_size, feature_dim=encoder.width, max_seq_len=1 + tokens, n_latents=tokens,
+        prefix_len=0, dit_adaln=adaln))
+    with torch.device('meta'): model = LatentModel(cfg)
+    model = model.in_dtype(torch.bfloat16 if c.device == 'cuda' else torch.float32).to_empty(device=c.device)
+    for x in model.buffers(): x.zero_()
+    torch.manual_seed(c.seed)
+    with torch.no_grad():
+        model.init_weights()
+        for p in model.parameters():
+            if not p.any(): p.normal_(std=0.02)
+    return LDLM(encoder, model, sigma_dec=settings['sigma_dec'], tangent_d=settings['tangent_d']).eval()
+
+
+@torch.no_grad()
+def plain_loop(o, z, n_steps):
+    """The peer: DDIM as one writes it first, from noise z (B, K, latent_dim) -> token_states, tokens (B, L)."""
+    m, (times, factors) = o.model, o.grid(n_steps)
+    z_hat = torch.zeros_like(z)
+    with torch.autocast('cuda', torch.bfloat16, enabled=z.is_cuda):
+        for t, (a, b, _) in zip(times.tolist(), factors.tolist()):
+            z_hat = m.denoise(z, m.modulations(torch.full((len(z),), t, device=z.device)), z_hat)
+            z = a * z + b * z_hat
+        states = m.token_states(o._decode(z))
+        return states, m.head(states).argmax(-1)
+
+
+def latent_cost(sampler, B):
+    """Bytes of weights and of per-step constants that a generation must read, floating point operations of its
+    products. Read at every step: the denoiser without what depends on t alone; once: decoder, token decoder, head."""
+    m, once, per_step, flop = sampler.m, 0, 0, 0
+    n_steps, L, n_latents = len(sampler.steps), m.cfg.chunk_len, m.cfg.n_latents
+    for name, p in m.named_parameters():
+        rows = L if name.startswith(('token', 'head')) or 'kv_proj' not in name and 'decoder' in name else n_latents
+        if name.startswith(('dit_time', 'dit_mod')) or '.adaln.' in name or name.startswith('encoder'): continue
+        if sampler.start is not None and name.startswith(('decoder.0.self_', 'decoder_queries')): continue
+        steps = n_steps if name.startswith('dit') else 1
+        if steps > 1: per_step += p.nbytes
+        else: once += p.nbytes
+        if p.ndim == 2 and not name.endswith(('_pos', '_queries')): flop += 2 * B * rows * p.numel() * steps
+    per_step += sum(x.nbytes for x in tree_leaves(sampler.steps[0]) if torch.is_tensor(x))
+    if sampler.start is not None: once += sampler.start[:1].nbytes
+    return once + n_steps * per_step, flop
+
+
+@torch.no_grad()
+def weights_that_matter(o, n_steps=3):
+    """10% of noise on one tensor at a time: by how much do the logits change? All but the encoder's must."""
+    seeds, moved = torch.arange(1, device=o.model.head.weight.device), {}
+
+    def logits():
+        sampler = Sampler(o, 1, n_steps)
+        return K.head_logits(sampler.states(sampler.latents(seeds))[0, :4], sampler.m.head.weight)
+    want = logits()
+    assert torch.equal(want, logits()), "not the same twice"
+    for name, p in o.model.named_parameters():
+        old = p.clone()
+        p.mul_(1 + 0.1 * torch.randn_like(p))
+        moved[name] = ((logits() - want).norm() / want.norm()).item()
+        p.copy_(old)
+    still = [n for n, x in moved.items() if x == 0 and not n.startswith('encoder')]
+    least = min((x, n) for n, x in moved.items() if not n.startswith('encoder'))
+    return dict(tensors=sum(not n.startswith('encoder') for n in moved), without_effect=still, least=list(least),
+                encoder_moves=max(x for n, x in moved.items() if n.startswith('encoder')))
+
+
+def in_torch(f):
+    """f with the references in place of our kernels: Inductor fuses what it can see."""
+    def call(*args, **kw):
+        with mock.patch.object(K, 'KERNELS', 'torch'): return f(*args, **kw)
+    return call
+
+
+def latent_sampler(o, way, B, n_steps, mode):
+    """-> a function of seeds, a Sampler."""
+    compiled = mode if way.startswith('compiled') else ''
+    if compiled: torch.compiler.reset()
+    sampler = Sampler(o, B, n_steps, compiled=compiled)
+    if way == 'compiled': sampler.step, sampler.decode = in_torch(sampler.step), in_torch(sampler.decode)
+    return sampler
+
+
+def run_ldlm(c):
+    """All batches and numbers of steps at the first number of tokens, fewer beyond and with adaLN; compiled ways for
+    the first batch. Yields as run_kernels does."""
+    on_gpu, numbers = c.device == 'cuda', lambda text: list(map(int, text.split(',')))
+    roof = rooflines(on_gpu)
+    rows = [dict(shape='roof', way='copy', gb_per_s=roof['bytes'] / 1e9, teraflops=roof['FLOP'] / 1e12)]
+    for path, adaln in itertools.product(c.shapes.split(','), (False, True)):
+        shape = Path(path).stem.removeprefix('ldlm_') + ' adaLN' * adaln
+        for tokens in numbers(c.latents):
+            if adaln and tokens != numbers(c.latents)[0]: continue
+            o, first = latent_objective(c, path, tokens, adaln), tokens == numbers(c.latents)[0]
+            if first:
+                rows.append(dict(shape=shape, way='weights', parameters=o.model.n_params()) | weights_that_matter(o))
+                yield f'{shape}: weights', rows
+            for B, n_steps in itertools.product(numbers(c.batches), numbers(c.n_steps)):
+                plain = first and B == numbers(c.batches)[0]
+                if adaln and not plain or not first and n_steps != numbers(c.n_steps)[0]: continue
+                for way in c.ways.split(','):
+                    if way == 'eager' and not first or way.startswith('compiled') and (adaln or not plain): continue
+                    rows.append(dict(shape=shape, way=way, tokens=tokens, batch=B, steps=n_steps))
+                    try: rows[-1] |= time_latents(o, way, B, n_steps, roof, c.mode, compared=first)
+                    except (Exception, SystemExit) as e: rows[-1]['error'] = error_line(e)
+                    if on_gpu: torch.cuda.empty_cache()
+                yield f'{shape}: {tokens} tokens, batch {B}, {n_steps} steps', rows
+            o = None
+            gc.collect()
+
+
+def time_latents(o, way, B, n_steps, roof, mode, compared):
+    """Noise to tokens. rel_error: of the token states, against the plain loop; same: the graph's tokens, as a share,
+    that are those of the same sampler without a graph."""
+    device, cfg = o.model.head.weight.device, o.model.cfg
+    on_gpu, shape = device.type == 'cuda', (cfg.n_latents, cfg.latent_dim)
+    seeds, facts = torch.arange(B, device=device), {}
+    sampler = latent_sampler(o, way, B, n_steps, mode)
+    if way == 'eager': run = lambda: plain_loop(o, torch.randn(B, *shape, device=device), n_steps)
+    else:
+        run = lambda: sampler(seeds)
+        started = time.time()
+        tokens = run()
+        facts = dict(first_s=time.time() - started, same=(run() == tokens).float().mean().item())
+        if compared:
+            want = plain_loop(o, row_noise(seeds, shape), n_steps)[0].float()
+            got = sampler.states(sampler.latents(seeds)).float()
+            facts['rel_error'] = ((got - want).norm() / want.norm()).item()
+    n = min(30, max(5, round(1000 / median_ms(run, on_gpu, 3))))
+    ms = median_ms(run, on_gpu, n)
+    n_bytes, flop = latent_cost(sampler, B)
+    limits = dict(bytes=1e3 * n_bytes / roof['bytes'], FLOP=1e3 * flop / roof['FLOP'])
+    bound = max(limits, key=limits.get)
+    return facts | dict(ms=ms, tokens_per_s=1e3 * B * cfg.chunk_len / ms, read_bytes=n_bytes, flop=flop, bound=bound,
+                        limit_ms=limits[bound], limit_tokens_per_s=1e3 * B * cfg.chunk_len / limits[bound],
+                        of_limit=limits[bound] / ms)
+
+
+def ldlm_table(rows):
+    shown = [r | dict(what=f"{r['shape']}: {r['way']}", gb=r.get('read_bytes', 0) / 1e9 or None) for r in rows]
+    proofs = [f"{r['shape']}: {r['parameters'] / 1e9:.3f}B parameters; of {r['tensors']} tensors outside the encoder "
+              f"{len(r['without_effect'])} without effect on the logits, the least by {r['least'][0]:.1e} "
+              f"({r['least'][1]})" for r in rows if r['way'] == 'weights']
+    roof = "measured now: copies of {gb_per_s:,.0f} GB/s, products of {teraflops:.0f} TFLOP/s".format(**rows[0])
+    return '\n'.join([table([r for r in shown if r['way'] not in ('weights', 'copy')], {
+        'shape: way': '{what}', 'tokens': '{tokens}', 'batch': '{batch}', 'steps': '{steps}', 'ms': '{ms:.3f}',
+        'tok/s': '{tokens_per_s:,.0f}', 'reads GB': '{gb:.2f}', 'limit tok/s': '{limit_tokens_per_s:,.0f}',
+        'by': '{bound}', 'of limit': '{of_limit:.0%}', 'error': '{rel_error:.0e}', 'graph = eager': '{same:.1%}'}),
+        roof, *proofs])
+
+
 if __name__ == '__main__':
-    what = 'train'                  # train, align, memory, kernels or sandbox: the first word of the command line
+    what = 'train'                  # train, align, memory, kernels, sandbox, ldlm: the first word of the command line
     peers = ''                      # comma list; default: those that suit the rows
     packed = False                  # rows of several documents; else a row is one document
     doc_len = 300.0                 # their mean length; lognormal, sigma 1
@@ -731,6 +901,13 @@ if __name__ == '__main__':
     steps = 25                      # timed steps per turn
     profile = False                 # train: kernels by GPU time, a chrome trace
     peak_tflops = 989.0             # dense bf16 peak of the device, for MFU
+    shapes = 'config/ldlm_qwen3_6_35b_a3b.py,config/ldlm_qwen3_6_27b.py'                # from here on: ldlm
+    latents = '64,128,256'          # tokens of a chunk, a latent for each
+    batches = '1,4,16,64'           # the first with all ways
+    n_steps = '10,4'                # of the denoiser
+    ways = 'graph,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; compiled: it, and torch.compile fuses
+                                    # the references of our kernels; compiled_kernels: with the kernels themselves
+    mode = 'default'                # of torch.compile, or max-autotune-no-cudagraphs
     seed = 0
     device = ''                     # cuda or cpu; default: cuda when there is one
     out_dir = 'out/bench'
@@ -741,8 +918,8 @@ if __name__ == '__main__':
     config = configure(globals(), words)
     started = time.time()
     tables = dict(train=train_table, align=align_table, memory=memory_table, kernels=kernel_table,
-                  sandbox=sandbox_table)
-    others = dict(kernels=run_kernels, sandbox=run_sandbox)
+                  sandbox=sandbox_table, ldlm=ldlm_table)
+    others = dict(kernels=run_kernels, sandbox=run_sandbox, ldlm=run_ldlm)
     if what not in tables: raise SystemExit(f"say python bench.py {', '.join(tables)}, not {what!r}")
     first_of_align = list(PEERS).index('ours')
     config['peers'] = peers = peers or ('ours' if profile else ','.join(
@@ -758,6 +935,13 @@ if __name__ == '__main__':
         raise SystemExit("counts must be at least 1, n_embd a multiple of n_head, n_head of n_kv_head")
     if device == 'cpu' and (largest or what == 'memory'): raise SystemExit("memory is measured on GPUs only")
     if residual not in ('fp32', 'bf16'): raise SystemExit(f"residual must be fp32 or bf16, got {residual!r}")
+    for name in ('latents', 'batches', 'n_steps'):
+        if not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', config[name]):
+            raise SystemExit(f"{name} must be a comma list of numbers from 1, got {config[name]!r}")
+    if set(ways.split(',')) - {'graph', 'eager', 'compiled', 'compiled_kernels'}:
+        raise SystemExit(f"ways is a comma list of graph, eager, compiled, compiled_kernels, got {ways!r}")
+    for file in shapes.split(','):
+        if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
     path = Path(result or f'{out_dir}/{what}.json')
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 

@@ -121,15 +121,19 @@ def distinct(rows, n):
 
 
 def samples(obj, tok, train, n, max_new_tokens, sampler, batch_size, seed):
-    """Draw n samples from an empty prompt and look at them. train: a Corpus, or None: no search in it."""
-    rows, nfe, prompt = [], 0, [tok.sep_id] if obj.separator is None else []    # a foreign model puts none in front
+    """Draw n samples from an empty prompt and look at them. train: a Corpus, or None: no search in it. tokens_per_s: of
+    max_new_tokens each, what an end of text saves included; of the fastest batch, so compilation is not."""
+    rows, nfe, speed = [], 0, 0.0
+    prompt = [tok.sep_id] if obj.separator is None else []                      # a foreign model puts none in front
     for b, i in enumerate(range(0, n, batch_size)):
+        started = time.time()
         more, forwards = obj.sample([prompt] * min(batch_size, n - i), max_new_tokens, **sampler,
                                     seed=solve.batch_seed(seed, b))
         rows, nfe = rows + [row[len(prompt):] for row in more], nfe + forwards
+        speed = max(speed, len(more) * max_new_tokens / (time.time() - started))
     texts = [tok.decode(r) for r in rows]
     lines = [line for text in texts for line in text.split('\n')[:-1] if line.strip()]      # the last may be cut off
-    out = dict(n=n, nfe=nfe, empty=texts.count(''), lines=len(lines),
+    out = dict(n=n, nfe=nfe, tokens_per_s=speed, empty=texts.count(''), lines=len(lines),
                lines_that_parse=sum(map(line_parses, lines)) / max(len(lines), 1),
                texts_that_parse=sum(parses(text) for text in texts if text) / max(n - texts.count(''), 1),
                token_entropy=token_entropy(sum(rows, [])),

@@ -650,7 +650,8 @@ _rope_qkv.register_autograd(_rope_qkv_backward, setup_context=_rope_qkv_save)
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, q_weight: Tensor | None = None,
              k_weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, T, H + 2 Hkv, hd), the heads of q, k, v one after the other; cos, sin (B, T, hd/2) fp32; q_weight and
-    k_weight (hd,): norms before the rotation, both or none. Returns q (B, T, H, hd), k and v (B, T, Hkv, hd)."""
+    k_weight (hd,): norms before the rotation, both or none. Returns q (B, T, H, hd), k and v (B, T, Hkv, hd).
+    Hkv = 0: queries alone; H = 0: keys and values alone."""
     B, T, heads, hd = qkv.shape
     assert heads == n_head + 2 * n_kv_head and hd % 2 == 0, f"{qkv.shape=} {n_head=} {n_kv_head=}"
     assert cos.shape == sin.shape == (B, T, hd // 2), f"{qkv.shape=} {cos.shape=} {sin.shape=}"
@@ -1069,21 +1070,70 @@ _gated_add.register_autograd(
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """x (B, T, D), scale and shift (B, D) of one dtype -> rms(x) (1 + scale) + shift (B, T, D) in x's dtype."""
+    """x (B, T, D), scale and shift (B, D) of one dtype, or (1, D) for all -> rms(x) (1 + scale) + shift (B, T, D) in
+    x's dtype."""
     B, _, D = x.shape
-    assert scale.shape == shift.shape == (B, D), f"{x.shape=} {scale.shape=} {shift.shape=}"
+    assert scale.shape == shift.shape and scale.shape in ((B, D), (1, D)), f"{x.shape=} {scale.shape=} {shift.shape=}"
     assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
     if not use_triton(x): return modulate_ref(x, scale, shift, eps)
-    return _modulate(x.contiguous(), scale.contiguous(), shift.contiguous(), eps)[0]
+    rows = x.reshape(len(scale), -1, D).contiguous()
+    return _modulate(rows, scale.contiguous(), shift.contiguous(), eps)[0].view(x.shape)
 
 
 def gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """x and h (B, T, D) of one dtype, gate (B, D) -> x + gate h (B, T, D)."""
+    """x and h (B, T, D) of one dtype, gate (B, D), or (1, D) for all -> x + gate h (B, T, D)."""
     B, _, D = x.shape
     assert (h.shape, h.dtype) == (x.shape, x.dtype), f"{x.shape=} {h.shape=} {x.dtype=} {h.dtype=}"
-    assert gate.shape == (B, D), f"{x.shape=} {gate.shape=}"
+    assert gate.shape in ((B, D), (1, D)), f"{x.shape=} {gate.shape=}"
     if not use_triton(x): return gated_add_ref(x, h, gate)
-    return _gated_add(x.contiguous(), h.contiguous(), gate.contiguous())
+    rows = (t.reshape(len(gate), -1, D).contiguous() for t in (x, h))
+    return _gated_add(*rows, gate.contiguous()).view(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# head_argmax: the likeliest token of each row, argmax_v h . weight_v, without the logits in memory.
+#
+# For few rows the head is one pass over its weight, 1 GB for V = 248,320 and D = 2048 in bf16; 64 rows of fp32 logits
+# would be written and read again, 64 MB each. A program multiplies 64 rows by 128 columns and keeps the best of each
+# row and its place; PyTorch finds the best of V / 128 of them. Many rows are a matter of compute: cuBLAS's, in chunks.
+HEAD_ARGMAX = dict(ROWS=64, COLS=128, DEPTH=64, num_warps=4, num_stages=4)
+HEAD_ARGMAX_ROWS = 128                                                  # at most, with the kernel
+
+
+def head_argmax_ref(h: Tensor, weight: Tensor, chunk: int = 1 << 27) -> Tensor:
+    return torch.cat([head_logits(rows, weight).argmax(-1) for rows in h.split(max(chunk // len(weight), 1))])
+
+
+@triton.jit
+def _head_argmax(h, weight, best, place, N, V, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                 DEPTH: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    row, col, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tile * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH)
+    z = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, D, DEPTH):
+        at = start + k
+        a = tl.load(h + row[:, None] * D + at[None, :], (row < N)[:, None] & (at < D)[None, :], 0.0)
+        b = tl.load(weight + col[None, :] * D + at[:, None], (col < V)[None, :] & (at < D)[:, None], 0.0)
+        z = tl.dot(a, b, z, input_precision='ieee')
+    z = tl.where((col < V)[None, :], z, -float('inf'))
+    value, index = tl.max(z, 1, return_indices=True)
+    to = row * tl.num_programs(0) + tile
+    tl.store(best + to, value, row < N)
+    tl.store(place + to, tile * COLS + index, row < N)
+
+
+@torch.no_grad()
+def head_argmax(h: Tensor, weight: Tensor) -> Tensor:
+    """h (N, D), weight (V, D) -> (N,) int64. The products of bf16 are summed, and compared, in fp32."""
+    (N, D), V = h.shape, len(weight)
+    assert weight.shape == (V, D), f"{h.shape=} {weight.shape=}"
+    h, weight = h.contiguous(), weight.to(h.dtype).contiguous()
+    if not use_triton(h) or not 0 < N <= HEAD_ARGMAX_ROWS: return head_argmax_ref(h, weight)
+    tiles = triton.cdiv(V, HEAD_ARGMAX['COLS'])
+    best, place = h.new_empty(N, tiles, dtype=torch.float32), h.new_empty(N, tiles, dtype=torch.int64)
+    _head_argmax[(tiles, triton.cdiv(N, HEAD_ARGMAX['ROWS']))](
+        h, weight, best, place, N, V, D, **HEAD_ARGMAX)
+    return place.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------

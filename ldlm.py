@@ -14,11 +14,8 @@ A row of data is [separator | prefix | chunk], one chunk of a document per row, 
     python train.py config/ldlm_quickstart.py
 """
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import kernels as K
-from model import MLP, Objective, RMSNorm, Transformer, resolve
-from tokenizer import gguf_path
+from encoder import Encoder
+from model import MLP, Objective, RMSNorm
 
 GOLDEN = 0.618034
 
@@ -48,8 +45,15 @@ def tangent_alpha_sigma(t, d=3.0):
     return cos / norm, sin / norm
 
 
+def cubic_alpha_sigma(t):
+    """alpha_t^2 = 1 - t^3: what the Open-dLLM code has in the tangent's place; for comparison only."""
+    return (1 - t ** 3).clamp(min=0).sqrt(), (t ** 3).sqrt()
+
+
 def encoder_grad_scale(step, warmup_steps, k=10.0, c=0.8, g_min=1e-3):
-    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]."""
+    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]. 0 steps:
+    1 from the start; -1: never."""
+    if warmup_steps < 0: return 0.0
     if step >= warmup_steps: return 1.0
     S = lambda x: 1 / (1 + math.exp(-k * (x - c)))
     return g_min + (1 - g_min) * (S(step / warmup_steps) - S(0)) / (S(1) - S(0))
@@ -128,136 +132,6 @@ def row_noise(seeds, shape, stream=0):
     return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n].view(-1, *shape)
 
 
-# ---- the frozen encoder --------------------------------------------------------------------------------------
-
-
-class FeatureCache:
-    """Rows of features (T, width) on disk, in bf16, found by a hash of the row's ids. A process appends to files of its
-    own, the key after the row, and reads what was complete when it started."""
-
-    def __init__(self, folder, shape):
-        self.shape, self.size, self.where = shape, 2 * math.prod(shape), {}
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-        for keys in folder.glob('*.keys'):
-            raw = keys.read_bytes()
-            self.where |= {raw[i:i + 16]: (keys.with_suffix('.rows'), i // 16) for i in range(0, len(raw) - 15, 16)}
-        name = folder / f'{time.time_ns()}-{os.getpid()}'
-        self.rows, self.keys = open(f'{name}.rows', 'ab'), open(f'{name}.keys', 'ab')
-
-    def features(self, ids, compute):
-        """ids (B, T) -> (B, T, width) on the CPU, in fp32; compute(ids) of the rows that are not there."""
-        keys = [hashlib.sha256(row.numpy().tobytes()).digest()[:16] for row in ids]
-        new = {key: i for i, key in enumerate(keys) if key not in self.where}
-        if new:
-            for key, h in zip(new, compute(ids[list(new.values())]).bfloat16().cpu().contiguous()):
-                self.where[key] = (Path(self.rows.name), self.rows.tell() // self.size)
-                self.rows.write(h.view(torch.int16).numpy().tobytes())
-                self.keys.write(key)
-            self.rows.flush(); self.keys.flush()
-        found = [np.fromfile(file, np.int16, self.size // 2, offset=i * self.size)
-                 for file, i in map(self.where.get, keys)]
-        return torch.from_numpy(np.stack(found)).view(torch.bfloat16).view(len(ids), *self.shape).float()
-
-
-class Encoder:
-    """hidden_states[layer] of a frozen language model; blocks after that one are not even kept. No nn.Module: it is
-    in no state dict, optimizer or DDP; a checkpoint keeps its path and hash.
-
-    path: anything that Transformer.from_pretrained opens, another model of transformers (GPT-2), or
-    'random:<width>:<vocabulary>', which stands in for a model that is not there. Loaded when first used.
-    device: '' = that of the ids; 'cpu' or 'cuda:1' keeps it there and sends the features over.
-    cache: a folder; rows of training and validation data are then encoded once, T x width x 2 bytes each."""
-
-    def __init__(self, path, layer=-3, device='', cache='', hash=''):
-        self.path, self.layer, self.device, self.cache, self.hash = str(path), layer, device, cache, hash
-        self.model, self.caches = None, {}
-
-    def load(self):
-        if self.model is not None: return self
-        self.model = self._open()
-        self.model.eval().requires_grad_(False)
-        if torch.cuda.is_available() and self.device != 'cpu': self.model.bfloat16()
-        digest = hashlib.sha256()
-        for p in self.model.parameters():                                       # a sample of every tensor, in bf16
-            part = p.detach().flatten()[:4096].cpu().bfloat16().view(torch.int16)
-            digest.update(f'{tuple(p.shape)}'.encode() + part.numpy().tobytes())
-        if self.hash not in ('', found := digest.hexdigest()[:16]):
-            raise SystemExit(f"the encoder {self.path} is not the one that this checkpoint was trained with")
-        self.hash = found
-        return self
-
-    def _open(self):
-        if self.path.startswith('random:'):
-            try: self.width, self.vocab_size = map(int, self.path.split(':')[1:])
-            except ValueError:
-                raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
-            self.causal = True
-            return RandomFeatures(self.width, self.vocab_size)
-        kind = 'llama' if gguf_path(self.path) else json.loads(
-            (resolve(self.path) / 'config.json').read_text()).get('model_type')
-        if kind in ('llama', 'qwen2', 'qwen3'):
-            model = Transformer.from_pretrained(self.path)
-            model.layers = model.layers[:self._upto(len(model.layers))]
-            model.lm_head, model.norm = None, nn.Identity() if self.layer != -1 else model.norm
-            self.width, self.vocab_size, self.causal = model.cfg.n_embd, model.cfg.vocab_size, model.cfg.causal
-            return model
-        from transformers import AutoModel
-        model = AutoModel.from_pretrained(resolve(self.path))
-        c, n = model.config, model.config.num_hidden_layers
-        owner, name = next(((m, name) for m in model.modules() for name, child in m.named_children()
-                            if isinstance(child, nn.ModuleList) and len(child) == n), (None, ''))
-        if owner is None: raise SystemExit(f"{self.path}: cannot find the {n} blocks in {type(model).__name__}")
-        setattr(owner, name, getattr(owner, name)[:self._upto(n)])
-        model.config.num_hidden_layers = self._upto(n)
-        self.width, self.vocab_size, self.causal = c.hidden_size, c.vocab_size, True
-        if self.layer != -1: getattr(owner, name)[-1].register_forward_hook(self._tap)
-        return model
-
-    def _upto(self, n_layer):
-        upto = n_layer + 1 + self.layer if self.layer < 0 else self.layer
-        if not 1 <= upto <= n_layer:
-            raise SystemExit(f"encoder_layer {self.layer}: {self.path} has {n_layer} blocks, so -1 to -{n_layer}")
-        return upto
-
-    def _tap(self, module, args, output): self.tapped = output[0] if isinstance(output, tuple) else output
-
-    def cached(self, ids):
-        """`features`, by way of the cache if there is one."""
-        if not self.cache: return self.features(ids)
-        T = ids.shape[1]
-        if T not in self.caches:
-            self.load()
-            self.caches[T] = FeatureCache(f'{self.cache}/{self.hash}{self.layer}-{T}', (T, self.width))
-        return self.caches[T].features(ids.cpu(), lambda rows: self.features(rows.to(ids.device))).to(ids.device)
-
-    @torch.no_grad()
-    def features(self, ids):
-        """ids (B, T) -> (B, T, width) in fp32, on the device of the ids."""
-        device = self.device or ids.device
-        self.load().model.to(device)
-        x = ids.to(device)
-        if isinstance(self.model, Transformer):
-            h = self.model.hidden(x) if self.layer == -1 else self.model.hidden(x, upto=len(self.model.layers))
-        elif isinstance(self.model, RandomFeatures): h = self.model(x)
-        else:
-            h = self.model(input_ids=x, use_cache=False).last_hidden_state
-            if self.layer != -1: h = self.tapped
-        return h.to(ids.device).float()
-
-
-class RandomFeatures(nn.Module):
-    """A stand-in of the right width: each token's own random vector, and some of its left neighbour's."""
-    def __init__(self, width, vocab_size):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.low = nn.Parameter(torch.randn(1021, width, generator=generator))
-        self.high = nn.Parameter(torch.randn(vocab_size // 1021 + 1, width, generator=generator))
-
-    def forward(self, ids):
-        h = self.low[ids % 1021] + self.high[ids // 1021]
-        return h + 0.5 * h.roll(1, 1) * (torch.arange(ids.shape[1], device=ids.device) > 0)[:, None]
-
-
 # ---- what is trained -----------------------------------------------------------------------------------------
 
 
@@ -310,21 +184,33 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, cfg.norm_eps) for _ in range(2))
 
+    def _heads(self, y, rot, n_head, n_kv_head):
+        return K.rope_qkv(y.unflatten(2, (-1, self.head_dim)), *rot, n_head, n_kv_head, self.q_norm.weight,
+                          self.k_norm.weight, self.q_norm.eps)
+
+    def keys(self, other, rot):
+        """Keys and values (B, M, heads, hd) of another sequence (B, M, d)."""
+        return self._heads(self.kv_proj(other), rot, 0, self.n_head)[1:]
+
     def forward(self, x, rot, other=None, other_rot=None, mask=None):
-        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim)                       # (B, N, heads, hd)
-        if self.own:
-            q, k, v = K.rope_qkv(heads(self.qkv_proj(x)), *rot, self.n_head, self.n_head, self.q_norm.weight,
-                                 self.k_norm.weight, self.q_norm.eps)
-        else: q = K.rope(self.q_norm(heads(self.q_proj(x))), *rot)
+        """other: (B, M, d), or its keys(...)."""
+        if self.own: q, k, v = self._heads(self.qkv_proj(x), rot, self.n_head, self.n_head)
+        else: q = self._heads(self.q_proj(x), rot, self.n_head, 0)[0]
         if other is not None:
-            k2, v2 = heads(self.kv_proj(other)).chunk(2, 2)
-            k2 = K.rope(self.k_norm(k2), *other_rot)
+            k2, v2 = self.keys(other, other_rot) if torch.is_tensor(other) else other
             k, v = (torch.cat([k2, k], 1), torch.cat([v2, v], 1)) if self.own else (k2, v2)
         y = K.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+def add_norm(norm, x, delta):
+    """-> norm(x + delta), x + delta: the sum is formed inside the norm. delta None: nothing to add."""
+    return (norm(x), x) if delta is None else norm(delta, x)
+
+
 class PerceiverBlock(nn.Module):
+    """The residual stream is x + delta, as in model.Block: every sum is left to the norm that follows it."""
+
     def __init__(self, cfg, kind):
         super().__init__()
         norm = lambda: RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -332,12 +218,16 @@ class PerceiverBlock(nn.Module):
         if kind == 'split': self.cross_norm, self.cross_attn = norm(), Attention(cfg, own=False, other=True)
         self.mlp_norm, self.mlp, self.joint = norm(), MLP(cfg), kind == 'joint'
 
-    def forward(self, x, rot, inputs, inputs_rot):
-        if self.joint: x = x + self.self_attn(self.self_norm(x), rot, inputs, inputs_rot)
-        else:
-            x = x + self.self_attn(self.self_norm(x), rot)
-            x = x + self.cross_attn(self.cross_norm(x), rot, inputs, inputs_rot)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, delta, rot, inputs, inputs_rot, has_looked=False):
+        """has_looked: x is behind the self-attention already."""
+        if not has_looked:
+            y, x = add_norm(self.self_norm, x, delta)
+            delta = self.self_attn(y, rot, *((inputs, inputs_rot) if self.joint else ()))
+        if not self.joint:
+            y, x = add_norm(self.cross_norm, x, delta)
+            delta = self.cross_attn(y, rot, inputs, inputs_rot)
+        y, x = add_norm(self.mlp_norm, x, delta)
+        return x, self.mlp(y)
 
 
 class DiTBlock(nn.Module):
@@ -347,14 +237,15 @@ class DiTBlock(nn.Module):
         if not cfg.dit_adaln: self.attn_norm, self.mlp_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
 
-    def forward(self, x, mod, rot, context=None, context_rot=None, mask=None):
-        """mod: the six modulations (B, d) that self.adaln makes of the time, or None."""
+    def forward(self, x, delta, mod, rot, context=None, context_rot=None, mask=None):
+        """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None."""
         if mod is None:
-            x = x + self.attn(self.attn_norm(x), rot, context, context_rot, mask)
-            return x + self.mlp(self.mlp_norm(x))
+            y, x = add_norm(self.attn_norm, x, delta)
+            y, x = self.mlp_norm(self.attn(y, rot, context, context_rot, mask), x)
+            return x, self.mlp(y)
         scale1, shift1, gate1, scale2, shift2, gate2 = mod
         x = K.gated_add(x, self.attn(K.modulate(x, scale1, shift1), rot, context, context_rot, mask), gate1)
-        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2)
+        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2), None
 
 
 class LatentModel(nn.Module):
@@ -363,7 +254,7 @@ class LatentModel(nn.Module):
 
     def __init__(self, cfg: LatentConfig):
         super().__init__()
-        self.cfg, self.activation_checkpointing = cfg, False
+        self.cfg, self.activation_checkpointing, self.rots = cfg, False, {}
         d, dl, kind = cfg.n_embd, cfg.latent_dim, cfg.perceiver_block
         project = lambda n_in, n_out: nn.Identity() if n_in == n_out else nn.Linear(n_in, n_out, bias=False)
         blocks = lambda n, block, *args: nn.ModuleList(block(cfg, *args) for _ in range(n))
@@ -424,20 +315,23 @@ class LatentModel(nn.Module):
         return 6 * (self.n_params() - dit) * self.cfg.chunk_len / seq_len + 7 * dit * share
 
     # -- the four networks
-    def _run(self, blocks, x, *args):
+    def _run(self, blocks, x, delta, *args):
+        """-> x, delta behind the blocks."""
         for block in blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=False)
-            else: x = block(x, *args)
-        return x
+                x, delta = checkpoint(block, x, delta, *args, use_reentrant=False, preserve_rng_state=False)
+            else: x, delta = block(x, delta, *args)
+        return x, delta
 
     def _rot(self, what, B):
-        """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix."""
+        """cos, sin (B, N, hd/2) of chunk tokens, latents or the prefix, made once."""
         c, device = self.cfg, self.head.weight.device
-        if what == 'prefix': pos = torch.arange(-c.prefix_len, 0, device=device)
-        elif what == 'tokens': pos = torch.arange(c.chunk_len, device=device)
-        else: pos = (torch.arange(c.n_latents, device=device) + 0.5) * (c.chunk_len / c.n_latents) - 0.5
-        return K.rope_tables(pos.expand(B, -1), c.n_embd // c.n_head, 1e4)
+        if (what, B, device) not in self.rots:
+            if what == 'prefix': pos = torch.arange(-c.prefix_len, 0, device=device)
+            elif what == 'tokens': pos = torch.arange(c.chunk_len, device=device)
+            else: pos = (torch.arange(c.n_latents, device=device) + 0.5) * (c.chunk_len / c.n_latents) - 0.5
+            self.rots[what, B, device] = K.rope_tables(pos.repeat(B, 1), c.n_embd // c.n_head, 1e4)
+        return self.rots[what, B, device]
 
     def _cast(self, x):
         device = x.device.type
@@ -454,35 +348,47 @@ class LatentModel(nn.Module):
         B = len(h)
         inputs = self._cast(self.encoder_in(h) + self.encoder_pos)
         x = self._start(self.encoder_queries, inputs)
-        x = self._run(self.encoder, x, self._rot('latents', B), inputs, self._rot('tokens', B))
-        return F.rms_norm(self.encoder_out(x).float(), (self.cfg.latent_dim,), eps=1e-10)
+        x, delta = self._run(self.encoder, x, None, self._rot('latents', B), inputs, self._rot('tokens', B))
+        return F.rms_norm(self.encoder_out(x + delta).float(), (self.cfg.latent_dim,), eps=1e-10)
 
-    def normalise(self, z):
+    def normalise(self, z, rows=0):
         """Subtract the running mean of each latent and dimension, divide by the running deviation of each dimension.
-        The values use the running statistics, the gradient those of this batch (batch renormalisation, 1702.03275) [S].
+        The values use the running statistics, the gradient those of each `rows` of z (0: of all; 1: the running mean):
+        batch renormalisation, 1702.03275 [S], in groups that do not depend on how a batch is cut.
         Were they constants to it, the denoiser would be paid for shrinking z towards a constant as fast as they follow;
         with one mean for all latents, for a constant of each latent. Both happened: see LOG.md."""
         s, square, n = self.latent_sums                                                 # (K, latent_dim) each
         mean, square = (torch.where(n > 0, x / n.clamp(min=1e-8), start) for x, start in ((s, 0.0), (square, 1.0)))
         rstd = (square - mean * mean).mean(0).clamp(min=1e-6).rsqrt()
         if not torch.is_grad_enabled(): return (z - mean) * rstd
-        batch_mean = z.mean(0) if len(z) > 1 else mean
-        x = z - batch_mean
-        std = (x.square().mean((0, 1)) + 1e-6).sqrt()
-        return x / std * (std * rstd).detach() + ((batch_mean - mean) * rstd).detach()
+        z = z.unflatten(0, (-1, rows or len(z)))                                        # (groups, rows, K, latent_dim)
+        group_mean = z.mean(1, keepdim=True) if z.shape[1] > 1 else mean
+        x = z - group_mean
+        std = (x.square().mean((1, 2), keepdim=True) + 1e-6).sqrt()
+        return (x / std * (std * rstd).detach() + ((group_mean - mean) * rstd).detach()).flatten(0, 1)
 
-    def decode(self, z):
-        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink."""
+    def decoder_start(self, B):
+        """The decoder's queries (B, L, d) behind the first self-attention, where nothing of the latents is in them yet:
+        blocks of kind 'split' without skip. Else None."""
+        if self.cfg.perceiver_skip or self.cfg.perceiver_block == 'joint': return None
+        x, block = self._cast(self.decoder_queries.expand(B, -1, -1)).contiguous(), self.decoder[0]
+        return x + block.self_attn(block.self_norm(x), self._rot('tokens', B))
+
+    def decode(self, z, start=None):
+        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink.
+        start: decoder_start(B), if it is known already."""
         B = len(z)
-        inputs = self._cast(self.decoder_in(z) + self.decoder_pos)
-        x = self._start(self.decoder_queries, inputs)
-        x = self._run(self.decoder, x, self._rot('tokens', B), inputs, self._rot('latents', B))
-        return self.decoder_out(x).float()
+        inputs, blocks = self._cast(self.decoder_in(z) + self.decoder_pos), self.decoder
+        args = self._rot('tokens', B), inputs, self._rot('latents', B)
+        if start is None: x, delta = self._start(self.decoder_queries, inputs), None
+        else: (x, delta), blocks = blocks[0](start, None, *args, True), blocks[1:]
+        x, delta = self._run(blocks, x, delta, *args)
+        return self.decoder_out(x + delta).float()
 
     def token_states(self, h):
         """Features -> (B, L, d), what the head turns into logits."""
         x, rot = self._cast(self.token_decoder_in(h)), self._rot('tokens', len(h))
-        return self.token_decoder_norm(self._run(self.token_decoder, x, rot, x, rot))
+        return add_norm(self.token_decoder_norm, *self._run(self.token_decoder, x, None, rot, x, rot))[0]
 
     def modulations(self, t):
         """All that depends on t (B,) alone, for a fixed grid computable once: per block, and for the output."""
@@ -494,21 +400,36 @@ class LatentModel(nn.Module):
         c = F.silu(self.dit_time(emb))
         return [block.adaln(c).chunk(6, 1) for block in self.dit], self.dit_mod(c).chunk(2, 1)
 
+    def prefix_keys(self, context):
+        """The prefix's features (B, P, F) -> keys and values for each block of the denoiser, the same at every step."""
+        x, rot = self._cast(self.dit_context(context)), self._rot('prefix', len(context))
+        return [block.attn.keys(x, rot) for block in self.dit]
+
     def denoise(self, zt, mods, z_sc, context=None, seen=None):
-        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t). context (B, P, F): the prefix's features,
-        right-aligned; seen (B, P) bool: which of its positions exist."""
-        (per_block, last), B, args = mods, len(zt), ()
+        """z_hat (B, n_latents, latent_dim) in fp32. mods: modulations(t), t (B,) or (1,) for all. context (B, P, F):
+        the prefix's features, right-aligned, or their prefix_keys; seen (B, P) bool: which of its positions exist."""
+        (per_block, last), B, P = mods, len(zt), self.cfg.prefix_len
         if self.cfg.dit_adaln: x = self.dit_in(torch.cat([zt, z_sc], -1))
-        else: x = self._cast(self.dit_in(zt + self.dit_self_cond * z_sc) + last[:, None])
-        rot = self._rot('latents', B)
-        if self.dit_context is not None:
+        else: x = self._cast(self.dit_in(torch.addcmul(zt, z_sc, self.dit_self_cond.to(zt))) + last[:, None])
+        rot, contexts, mask = self._rot('latents', B), [None] * len(self.dit), None
+        if P:
             mask = torch.cat([seen, seen.new_ones(B, x.shape[1])], 1)[:, None, None]
-            args = (self._cast(self.dit_context(context)), self._rot('prefix', B), mask)
-        for block, mod in zip(self.dit, per_block): x = self._run([block], x, mod, rot, *args)
-        x = K.modulate(x, *last) if self.cfg.dit_adaln else self.dit_norm(x)
+            is_raw = torch.is_tensor(context)
+            contexts = [self._cast(self.dit_context(context))] * len(self.dit) if is_raw else context
+        delta = None
+        for block, mod, other in zip(self.dit, per_block, contexts):
+            x, delta = self._run([block], x, delta, mod, rot, other, self._rot('prefix', B) if P else None, mask)
+        x = K.modulate(x, *last) if self.cfg.dit_adaln else add_norm(self.dit_norm, x, delta)[0]
         return self.dit_out(x).float()
 
     # -- files
+    def in_dtype(self, dtype):
+        """The same network with matrices and biases in `dtype`, and shared with this one where they have it already."""
+        cast = {n for n, p in self.named_parameters() if p.ndim > 1 or n.endswith('bias')}
+        with torch.device('meta'): twin = LatentModel(self.cfg)
+        twin.load_state_dict({n: x.to(dtype) if n in cast else x for n, x in self.state_dict().items()}, assign=True)
+        return twin
+
     def save_pretrained(self, path, tokenizer=None, dlm=None, dtype=None, max_shard_bytes=0):
         """config.json + one model.safetensors of weights (in `dtype`) and statistics (fp32) + the tokenizer."""
         path = Path(path); path.mkdir(parents=True, exist_ok=True)
@@ -526,18 +447,24 @@ class LDLM(Objective):
     """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
     much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
     encoder_warmup: steps until the denoiser's whole gradient reaches the encoder. adaptive: AdaptiveTimesteps, else t
-    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]."""
+    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]. stats_rows: how many
+    rows share the statistics of LatentModel.normalise's gradient. For comparison only: schedule cubic, and
+    feature_loss False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
     one_chunk_per_row = True
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
-                 adaptive=True, self_cond=True):
+                 adaptive=True, self_cond=True, stats_rows=16, schedule='tangent', feature_loss=True):
         super().__init__(model, None, separator, eos_id)
         if model.cfg.prefix_len and not encoder.path.startswith('random:') and not getattr(encoder, 'causal', True):
             raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
+        if schedule not in ('tangent', 'cubic'):
+            raise SystemExit(f"schedule must be tangent or cubic, got {schedule!r}")
+        if stats_rows < 1: raise SystemExit(f"stats_rows must be at least 1, got {stats_rows}")
         self.encoder = encoder
         self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
-                             adaptive=adaptive, self_cond=self_cond)
+                             adaptive=adaptive, self_cond=self_cond, stats_rows=stats_rows, schedule=schedule,
+                             feature_loss=feature_loss)
 
     @property
     def dlm(self):
@@ -604,10 +531,14 @@ class LDLM(Objective):
         before = first + torch.arange(-c.prefix_len, 0, device=first.device)
         return batch.ids.gather(1, at), take(at), dict(context=take(before), seen=before > 0) if c.prefix_len else {}
 
+    def alpha_sigma(self, t):
+        if self.settings['schedule'] == 'cubic': return cubic_alpha_sigma(t)
+        return tangent_alpha_sigma(t, self.settings['tangent_d'])
+
     def _denoise(self, z, t, seed, guess, prefix):
         """z_hat (B, K, d) of z noised to the level t (B,); the rows `guess` get the model's first guess."""
         m = self.model
-        alpha, sigma = (x[:, None, None] for x in tangent_alpha_sigma(t, self.settings['tangent_d']))
+        alpha, sigma = (x[:, None, None] for x in self.alpha_sigma(t))
         zt, mods = alpha * z + sigma * row_noise(seed, z.shape[1:]), m.modulations(t)
         z_sc = torch.zeros_like(z)
         if len(guess):
@@ -624,18 +555,21 @@ class LDLM(Objective):
         """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
         m, s, noise = self.model, self.settings, batch.noise
         ids, h, prefix = self._window(batch)
+        if len(ids) % s['stats_rows']:
+            raise SystemExit(f"micro-batches must be a multiple of stats_rows = {s['stats_rows']} rows, got {len(ids)}")
         raw = m.encode(h)
-        z0 = m.normalise(raw)
+        z0 = m.normalise(raw, s['stats_rows'])
         z = z0.detach() + encoder_grad_scale(batch.step, s['encoder_warmup']) * (z0 - z0.detach())
         t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
         diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
         h_hat = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
         feat = (h_hat - h).square().mean((1, 2))
-        states = m.token_states(h_hat.detach()).flatten(0, 1)                           # the token loss ends here
+        seen = h_hat.detach() if s['feature_loss'] else h_hat                           # the token loss ends here
+        states = m.token_states(seen).flatten(0, 1)
         w = noise['weight']
         ce_loss, ce = K.linear_cross_entropy(states, m.head.weight, ids.flatten(),
                                              (w / ids.shape[1]).float().repeat_interleave(ids.shape[1]))
-        loss = (w * (diff + feat)).sum() + ce_loss
+        loss = (w * (diff + feat * s['feature_loss'])).sum() + ce_loss
         row = w.count_nonzero()
         total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
@@ -657,35 +591,50 @@ class LDLM(Objective):
 
     @torch.no_grad()
     def validate(self, batches, seed, k=1):
-        """Denoising loss at uniform t (with self-conditioning); MSE of the features and share of tokens decoded right
-        from clean latents; the latter from z_hat(t). score = denoising loss + 1 - accuracy [S]: 'best' minimises it."""
-        m = self.model
-        sums = torch.zeros(6, dtype=torch.float64, device=m.head.weight.device)
+        """denoise: its loss at uniform t, with self-conditioning. features: MSE from clean latents. accuracy: share of
+        tokens decoded right from clean latents, _noisy: with the noise of training, _t: from z_hat at uniform t.
+        linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
+        between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
+        the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
+        score = denoise + 1 - accuracy [S]: 'best' minimises it."""
+        m, s, sums = self.model, self.settings, {}
         for batch in batches:
             batch = self.prepare(batch, seed)
             noise, used = batch.noise, (batch.noise['weight'] > 0).double()
             ids, h, prefix = self._window(batch)
-            z0 = m.normalise(m.encode(h))
-            guess = torch.arange(len(ids) * self.settings['self_cond'], device=ids.device)
-            z_hat, h_hat = self._denoise(z0, noise['xi'], noise['seed'], guess, prefix), self._decode(z0)
+            raw = m.encode(h)
+            z0, xi = m.normalise(raw), noise['xi']
+            rest = noise['seed'], torch.arange(len(ids) * s['self_cond'], device=ids.device), prefix
+            z_hat, h_hat = self._denoise(z0, xi, *rest), self._decode(z0)
+            noisy = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+            at_xi = self._denoise(z0, m.timesteps.quantile(xi), *rest) if s['adaptive'] else z_hat
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x)[0] == ids) * text).sum() for x in (h_hat, self._decode(z_hat))]
-            errors = [(used * (a - b).square().mean((1, 2))).sum() for a, b in ((z_hat, z0), (h_hat, h))]
-            sums += torch.stack([*errors, *right, text.sum(), used.sum()]).double()
-        if dist.is_initialized(): dist.all_reduce(sums)
-        diff, feat, right, right_t, n_tokens, n_rows = sums.tolist()
-        return dict(score=diff / n_rows + 1 - right / n_tokens, denoise=diff / n_rows, features=feat / n_rows,
-                    accuracy=right / n_tokens, accuracy_t=right_t / n_tokens, n_tokens=int(n_tokens),
-                    n_rows=int(n_rows))
+            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, noisy, self._decode(z_hat))]
+            mse = lambda a, b, used=used: used * (a - b).square().mean((1, 2))
+            z, raw = (x.double() * used[:, None, None] for x in (z0, raw))
+            new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *right, text.sum(), used.sum()]),
+                       curve=used.new_zeros(2, 16).index_add_(1, (xi * 16).long(), torch.stack([mse(at_xi, z0), used])),
+                       outer=z.flatten(0, 1).T @ z.flatten(0, 1), raw=torch.stack([raw.sum(0), raw.square().sum(0)]))
+            sums = {name: sums.get(name, 0) + x for name, x in new.items()}
+        if dist.is_initialized():
+            for x in sums.values(): dist.all_reduce(x)
+        diff, feat, *right, n_tokens, n_rows = sums['all'].tolist()
+        accuracy, noisy, at_t = (n / n_tokens for n in right)
+        mean, square = sums['raw'] / n_rows
+        loss = sums['curve'][0] / sums['curve'][1]                                      # per bin of xi, nan: no row
+        points = torch.stack([loss, torch.arange(16.0, device=loss.device)])[:, loss.isfinite()]
+        p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
+        p = p / p.sum()
+        return dict(score=diff / n_rows + 1 - accuracy, denoise=diff / n_rows, features=feat / n_rows,
+                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
+                    linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
+                    latent_variance=(square - mean ** 2).mean().item(),
+                    effective_rank=(-(p * p.log()).sum()).exp().item(), n_tokens=int(n_tokens), n_rows=int(n_rows))
 
     def _tokens(self, h):
-        """Features (B, L, F) -> argmax tokens (B, L) and their probability; a few rows of logits at a time."""
-        states, out = self.model.token_states(h).flatten(0, 1), []
-        for part in states.split(max((1 << 27) // self.model.cfg.vocab_size, 1)):
-            logits = K.head_logits(part, self.model.head.weight)
-            top = logits.max(-1)
-            out.append((top.indices, (top.values - logits.logsumexp(-1)).exp()))
-        return tuple(torch.cat(x).view(h.shape[:2]) for x in zip(*out))
+        """Features (B, L, F) -> tokens (B, L)."""
+        states = self.model.token_states(h).flatten(0, 1)
+        return K.head_argmax(states, self.model.head.weight).view(h.shape[:2])
 
     # -- sampling
     def grid(self, n_steps, time_grid='uniform', eta=0.0):
@@ -696,26 +645,22 @@ class LDLM(Objective):
             raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
         t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
         if time_grid == 'adaptive': t[1:-1] = self.model.timesteps.quantile(t[1:-1]).double().cpu()
-        alpha, sigma = tangent_alpha_sigma(t, self.settings['tangent_d'])
+        alpha, sigma = self.alpha_sigma(t)
         (a_t, a_s), (s_t, s_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
         v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
 
-    @torch.no_grad()
-    def sample_latents(self, seeds, n_steps, eta=0.0, time_grid='uniform', prefix=None, see=None):
-        """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
-        m, device, prefix = self.model, seeds.device, prefix or {}
-        shape = (m.cfg.n_latents, m.cfg.latent_dim)
-        times, factors = self.grid(n_steps, time_grid, eta)
-        z, z_hat = row_noise(seeds, shape), torch.zeros(len(seeds), *shape, device=device)
-        for i, (a, b, c) in enumerate(factors.tolist()):
-            mods = m.modulations(times[i].to(device).expand(len(seeds)))
-            z_hat = m.denoise(z, mods, z_hat if self.settings['self_cond'] else torch.zeros_like(z), **prefix)
-            z = a * z + b * z_hat
-            if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
-            if see: see(z_hat)
-        return z
+    def sampler(self, B, n_steps, eta=0.0, time_grid='uniform'):
+        """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
+        key = B, n_steps, eta, time_grid, self.model.head.weight.device
+        if self.training: return Sampler(self, *key[:4])
+        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:4])
+        return self.kept[1]
+
+    def train(self, mode=True):
+        self.kept = None, None                                          # its constants are made of the weights
+        return super().train(mode)
 
     def _prefix(self, texts):
         """The last prefix_len tokens of the texts, as the denoiser wants them."""
@@ -740,28 +685,97 @@ class LDLM(Objective):
         if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
         if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
+        sampler = self.sampler(len(texts), n_steps, eta, time_grid)
         for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):
             if all(done): break
             seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
             see = None
             if history is not None:
-                def see(z_hat): history.append(self._show(prompts, texts, z_hat, max_new_tokens))
-            seeds = torch.tensor(seeds, device=device)
-            z = self.sample_latents(seeds, n_steps, eta, time_grid, self._prefix(texts), see)
+                def see(z_hat): history.append(self._show(prompts, texts, sampler.states(z_hat), max_new_tokens))
+            new_tokens = sampler(torch.tensor(seeds, device=device), **self._prefix(texts), see=see)
             nfe += n_steps
-            for i, new in enumerate(self._tokens(self._decode(z))[0].tolist()):
+            for i, new in enumerate(new_tokens.tolist()):
                 if done[i]: new = [self.eos_id] * L                     # rows stay of equal length until the end
                 done[i] |= self.eos_id in new
                 texts[i] = texts[i] + new
         new = [text[len(p):][:max_new_tokens] for text, p in zip(texts, prompts)]
         return [list(p) + (n[:n.index(self.eos_id)] if self.eos_id in n else n) for p, n in zip(prompts, new)], nfe
 
-    def _show(self, prompts, texts, z_hat, max_new_tokens):
-        """What z_hat decodes to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
+    def _show(self, prompts, texts, states, max_new_tokens):
+        """What token_states decode to, after all that is there: ids and confidence (B, T) on the CPU, left-padded."""
         rows, widest = [], max(map(len, prompts))
-        sep = [] if self.separator is None else [self.separator]
-        for p, text, new, conf in zip(prompts, texts, *(x.tolist() for x in self._tokens(self._decode(z_hat)))):
+        sep, V = [] if self.separator is None else [self.separator], self.model.cfg.vocab_size
+        parts = [K.head_logits(part, self.model.head.weight).softmax(-1).max(-1)
+                 for part in states.flatten(0, 1).split(max((1 << 27) // V, 1))]
+        conf, ids = (torch.cat(x).view(states.shape[:2]).tolist() for x in zip(*parts))
+        for p, text, new, c in zip(prompts, texts, ids, conf):
             pad, keep = widest - len(p), len(sep) + widest + max_new_tokens
-            rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + conf))
+            rows.append(([self.eos_id or 0] * pad + sep + text + new, [1.0] * (pad + len(sep) + len(text)) + c))
             rows[-1] = (rows[-1][0][:keep], rows[-1][1][:keep])
         return torch.tensor([ids for ids, _ in rows]), torch.tensor([conf for _, conf in rows])
+
+
+class Sampler:
+    """From seeds to tokens, for one batch size and time grid, while the weights stay as they are.
+
+    What no latent enters is computed here, once: modulations and factors of every step, the decoder's queries behind
+    their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
+    decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
+    compiled: '' or a mode of torch.compile without CUDA graphs, for a step, for the decoders and for the noise."""
+
+    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='uniform', compiled=''):
+        o, device = objective, objective.model.head.weight.device
+        on_gpu = device.type == 'cuda'
+        self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False)
+        self.self_cond, self.scale = o.settings['self_cond'], (1 + o.settings['sigma_dec'] ** 2) ** -0.5
+        times, factors = o.grid(n_steps, time_grid, eta)
+        with torch.no_grad(), self.autocast:
+            self.steps = [(m.modulations(t), *ab.float().to(device), eta_part.item()) for t, ab, eta_part in zip(
+                times.to(device).split(1), factors[:, :2], factors[:, 2])]
+            self.start = m.decoder_start(B)
+            for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
+        parts = self._step, lambda z: m.token_states(m.decode(z * self.scale, self.start)), row_noise
+        wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
+        self.step, self.decode, self.noise = map(wrap, parts)
+        self.n_calls, self.graph = 0, None
+
+    def _step(self, z, z_hat, mods, a, b, prefix):
+        """-> z at the next time (without the noise of eta), z_hat."""
+        z_hat = self.m.denoise(z, mods, z_hat if self.self_cond else torch.zeros_like(z), **prefix)
+        return torch.addcmul(a * z, b, z_hat), z_hat
+
+    @torch.no_grad()
+    def latents(self, seeds, context=None, seen=None, see=None):
+        """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
+        shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
+        with self.autocast:
+            z = self.noise(seeds, shape)
+            z_hat = torch.zeros_like(z)
+            prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
+            for i, (*step, c) in enumerate(self.steps):
+                z, z_hat = self.step(z, z_hat, *step, prefix)
+                if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
+                if see: see(z_hat)
+        return z
+
+    @torch.no_grad()
+    def states(self, z):
+        """-> token_states (B, L, d)."""
+        with self.autocast: return self.decode(z)
+
+    def tokens(self, *args):
+        """(B, L) int64, without a graph."""
+        states = self.states(self.latents(*args))
+        return K.head_argmax(states.flatten(0, 1), self.m.head.weight).view(states.shape[:2])
+
+    def __call__(self, seeds, context=None, seen=None, see=None):
+        inputs, self.n_calls = [seeds, context, seen], self.n_calls + 1
+        if see or seeds.device.type != 'cuda' or self.n_calls == 1: return self.tokens(*inputs, see)
+        if self.graph is None:
+            self.inputs, self.graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.out = self.tokens(*self.inputs)
+        for old, new in zip(self.inputs, inputs):
+            if new is not None: old.copy_(new)
+        self.graph.replay()
+        return self.out.clone()

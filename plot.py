@@ -5,6 +5,7 @@
     python plot.py --table_of=results/eval_a.json,results/eval_b.json --out=table.csv      # or .md; '' = the screen
     python plot.py --pass_at_k=results/eval_a.json,results/eval_b.json --out=pass_at_k.png
     python plot.py --sweep=results/sweep.json --metric=pass@1 --out=sweep.png
+    python plot.py --pareto_of=results/a_samples.json,results/b_samples.json --out=pareto.png      # of gen_ppl sweeps
     python plot.py --curves=results/a.json,results/b.json --metric=loss --x=minutes --out=curves.png   # of train.py
 """
 import csv
@@ -235,14 +236,59 @@ def alignment_figure(out):
                      beside=('minutes of training', panel('minutes')))
 
 
+# Tokens/s of Open-dLLM's latent benchmark, 64 tokens, batch 1, (10, 4) steps: its README (RTX 5090, fp32, eager), and
+# its script run on one H100 in bf16. Its loop multiplies the last prediction by 0; ours is the one that samples.
+OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), (2061, 3616)), 'qwen3_6_27b': ((745, 1500), (1416, 2813))}
+
+
+def ldlm_speed():
+    """Batch 1, 64 tokens: ours at its fastest way, the plain loop; then larger batches and more tokens."""
+    r = load('ldlm_speed')
+    rows = [r for r in r['results'] if 'ms' in r]
+    sizes = {p['shape']: p['parameters'] for p in r['results'] if p['way'] == 'weights'}
+    group = {}
+    for row in rows: group.setdefault((row['shape'], row['tokens'], row['batch'], row['steps']), {})[row['way']] = row
+    lines = [(f"64-token chunks and longer, {r['hardware']}, bf16", 'batch', 'steps', 'tokens/s', 'ms', 'reads',
+              'of the limit', 'plain loop', 'Open-dLLM, published', 'its script on an H100')]
+    for (shape, tokens, batch, steps), ways in group.items():
+        best = min((w for name, w in ways.items() if name != 'eager' and (w.get('rel_error') or 0) < 0.1),
+                   key=lambda w: w['ms'])
+        eager = ways.get('eager')
+        others = OPEN_DLLM_LATENT.get(shape, ((), ()))
+        theirs = [f'{pair[(10, 4).index(steps)]:,}' if pair and batch == 1 and tokens == 64 and steps in (10, 4) else ''
+                  for pair in others]
+        lines.append((f"{shape}, {sizes[shape] / 1e9:.2f}B, {tokens} tokens", batch, steps,
+                      f"{best['tokens_per_s']:,.0f}", f"{best['ms']:.2f}", f"{best['read_bytes'] / 1e9:.1f} GB",
+                      f"{best['of_limit']:.0%}" + ' (compute)' * (best['bound'] == 'FLOP'),
+                      f"{eager['tokens_per_s']:,.0f}" if eager else '', *theirs))
+    return table(*lines)
+
+
+def ldlm_ablations():
+    r = load('ldlm_ablations')
+    nfe = r['config']['nfe'].split(',')[-1]
+    lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
+              'with noise', 'from z_hat(t)', 'linearity', 'effective rank', 'variance',
+              f'gen. perplexity, {nfe} steps', 'entropy')]
+    for row in r['results']:
+        v, s = row['validation'], row['samples'].get(nfe, {})
+        lines.append((f"{row['arm']}: {row['label']}", row['seed'], *(f"{v[k]:.1%}" for k in (
+            'accuracy', 'accuracy_noisy', 'accuracy_t')), f"{v['linearity']:.3f}", f"{v['effective_rank']:.0f}",
+            f"{v['latent_variance']:.2f}", *(f'{s[k]:{form}}' if s.get(k) is not None else '-' for k, form in (
+                ('gen_ppl', '.1f'), ('token_entropy', '.2f')))))
+    return table(*lines)
+
+
+PENDING = dict(ldlm_speed=ldlm_speed, ldlm_ablations=ldlm_ablations)    # drawn where README.md has the block already
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
-              canonical=canonical, sandbox=sandbox, speed=speed, alignment=alignment)
+              canonical=canonical, sandbox=sandbox, speed=speed, alignment=alignment, **PENDING)
 
 
 def render(text):
     """README's text with every block redrawn."""
     for name, draw in BLOCKS.items():
         start, end = f'<!-- {name} -->', '<!-- end -->'
+        if start not in text and name in PENDING: continue
         if start not in text: raise SystemExit(f"README.md has no block {start}")
         head, rest = text.split(start, 1)
         text = f'{head}{start}\n{draw()}\n{end}{rest.split(end, 1)[1]}'
@@ -289,8 +335,9 @@ def results_table(files, as_csv=False):
     return text.getvalue()
 
 
-def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None):
-    """lines: {label: (xs, ys)}. beside: xlabel and lines of a second panel."""
+def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None, notes=()):
+    """lines: {label: (xs, ys)}; notes: {label: a text per point}. beside: xlabel and lines of a second panel. log_x:
+    with a tick at every x; with notes without."""
     try:
         import matplotlib
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
@@ -300,9 +347,12 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
     panels = [(xlabel, lines), *([beside] if beside else [])]
     fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
     for ax, (xlabel, lines) in zip(axes[0], panels):
-        for label, (xs, ys) in lines.items(): ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
-        if log_x:
-            ax.set_xscale('log')
+        for label, (xs, ys) in lines.items():
+            ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
+            for x, y, note in zip(xs, ys, dict(notes).get(label, [])):
+                ax.annotate(note, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+        if log_x: ax.set_xscale('log')
+        if log_x and not notes:
             ticks = sorted({x for xs, _ in lines.values() for x in xs})
             ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
             ax.minorticks_off()
@@ -349,6 +399,23 @@ def sweep_lines(result, metric):
     return first, lines
 
 
+def pareto(files, out):
+    """Perplexity of samples against their entropy, a line per model, a point per number of steps: low perplexity with
+    low entropy is repetition. From eval.py --tasks=gen_ppl, with or without --sweep=n_steps=..."""
+    lines, notes, scorers = {}, {}, set()
+    for f in files:
+        result = eval_result(f)
+        points = {name: r for name, r in result['results'].items() if r.get('gen_ppl')}
+        if not points: raise SystemExit(f"{f} has no gen_ppl")
+        label = f"{result['model']['path']} ({result['model']['objective']})"
+        lines[label] = [[r[k] for r in points.values()] for k in ('gen_ppl', 'token_entropy')]
+        notes[label] = [name.split('n_steps=')[-1] if 'n_steps=' in name else '' for name in points]
+        scorers |= {r['scorer'] for r in points.values()}
+    if len(scorers) > 1: raise SystemExit(f"perplexities of different scorers: {', '.join(sorted(scorers))}")
+    figure('numbers: steps', f'perplexity of samples under {scorers.pop()}', 'entropy of their tokens, nats', lines,
+           out, log_x=True, notes=notes)
+
+
 def training_curves(files, metric, x):
     """{file's name: (xs, ys)} from train.py's results: lines of metrics.jsonl that have both keys."""
     lines = {}
@@ -364,23 +431,25 @@ if __name__ == '__main__':
     table_of = ''               # comma list of eval.py's results
     pass_at_k = ''              # comma list of eval.py's results with n_samples > 1
     sweep = ''                  # one result of eval.py --sweep
+    pareto_of = ''              # comma list of eval.py's gen_ppl results
     metric = 'pass@1'           # of the sweep: pass@1, pass@10, exact_match, gen_ppl, bits_per_byte, token_entropy, ...
     curves = ''                 # comma list of train.py's results; metric: a key of metrics.jsonl, loss or val_...
     x = 'step'                  # of the curves: step, minutes or tokens
     out = ''                    # .md, .csv or .png
     from configurator import configure
     configure(globals(), quiet=True)
-    if (pass_at_k or sweep or curves) and not out.endswith(('.png', '.pdf', '.svg')):
+    if (pass_at_k or sweep or pareto_of or curves) and not out.endswith(('.png', '.pdf', '.svg')):
         raise SystemExit("a figure needs --out=x.png (or .pdf, .svg)")
     if table_of and not out.endswith(('.md', '.csv')) and out: raise SystemExit("a table needs --out=x.md or x.csv")
     if out and not Path(out).parent.is_dir(): raise SystemExit(f"no directory {Path(out).parent}")
-    for file in filter(None, f'{table_of},{pass_at_k},{sweep},{curves}'.split(',')):
+    for file in filter(None, f'{table_of},{pass_at_k},{sweep},{pareto_of},{curves}'.split(',')):
         if not Path(file).is_file(): raise SystemExit(f"no such file: {file}")
     if table_of:
         text = results_table(table_of.split(','), out.endswith('.csv'))
         if out: Path(out).write_text(text)
         print(text, end='')
     elif pass_at_k: pass_at_k_curves(pass_at_k.split(','), out)
+    elif pareto_of: pareto(pareto_of.split(','), out)
     elif curves: figure('', x, metric, training_curves(curves.split(','), metric, x), out, marker='')
     elif sweep:
         result = eval_result(sweep)

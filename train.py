@@ -37,7 +37,8 @@ import data
 import kernels
 import solve
 from configurator import configure, dump
-from ldlm import LDLM, Encoder, LatentConfig, LatentModel
+from encoder import Encoder
+from ldlm import LDLM, LatentConfig, LatentModel
 from model import ModelConfig, Transformer
 from muon import Muon
 
@@ -63,7 +64,7 @@ encoder = ''                        # the frozen language model: out_dir, direct
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
 encoder_cache = ''                  # folder: each row is encoded once, 2 x seq_len x width bytes on disk; '' = no
-encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = at once
+encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = none; -1 = never
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
 prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
@@ -76,6 +77,9 @@ sigma_dec = 3.0                     # noise on the decoder's input
 tangent_d = 3.0                     # of the noise schedule
 adaptive = True                     # timesteps that make the loss linear; False: uniform
 self_cond = True                    # half of the rows see the model's own guess
+stats_rows = 16                     # rows that share statistics in the latents' gradient; micro-batches are a multiple
+schedule = 'tangent'                # or cubic, 1 - t^3, for comparison
+feature_loss = True                 # False, for comparison: the token loss trains decoder and encoder instead
 # data
 dataset = 'stdlib'                  # stdlib, packages, files (path or glob), or a hub dataset by name
 subset = ''                         # hub: the dataset's configuration name
@@ -275,7 +279,7 @@ elif objective == 'ldlm':
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
                           and f.name != 'vocab_size'})
     obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup, adaptive,
-               self_cond)
+               self_cond, stats_rows, schedule, feature_loss)
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
     cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head,

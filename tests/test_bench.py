@@ -181,6 +181,54 @@ def test_kernels_against_references(monkeypatch):
     assert len(bench.kernel_table(rows).splitlines()) == len(rows) + 1
 
 
+@pytest.fixture
+def ldlm_config(tmp_path):
+    """The README's kind of blocks, small, in a file."""
+    text = (ROOT / 'config/ldlm_qwen3_6_35b_a3b.py').read_text()
+    for old, new in (('random:2048:248320', 'random:32:300'), ('n_embd = 2048', 'n_embd = 32'),
+                     ('n_head = 16', 'n_head = 2'), ('n_ff = 5464', 'n_ff = 48'), ('layers = 4', 'layers = 2'),
+                     ('n_layer = 4', 'n_layer = 2')):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / 'ldlm_toy.py').write_text(text)
+    return SimpleNamespace(shapes=str(tmp_path / 'ldlm_toy.py'), latents='8,16', batches='1,2', n_steps='3,2', seed=0,
+                           device='cpu', mode='default', ways='graph,eager,compiled_kernels,compiled')
+
+
+def test_ldlm(ldlm_config, monkeypatch):
+    """All ways give the plain loop's states; the weights matter; every row has its limit."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    *_, (_, rows) = bench.run_ldlm(ldlm_config)
+    assert not [r for r in rows if 'error' in r]
+    timed, proofs = [r for r in rows if 'ms' in r], [r for r in rows if r['way'] == 'weights']
+    assert len(proofs) == 2 and all(not p['without_effect'] and p['encoder_moves'] == 0 < p['least'][0] for p in proofs)
+    assert all(r['rel_error'] < 1e-5 and r['same'] == 1 for r in timed if r['tokens'] == 8 and r['way'] != 'eager')
+    assert all(r['limit_tokens_per_s'] > 0 and 0 < r['of_limit'] for r in timed)
+    plain = {(r['way'], r['tokens'], r['batch'], r['steps']) for r in timed if 'adaLN' not in r['shape']}
+    assert plain == {(w, 8, 1, n) for w in ('graph', 'eager', 'compiled', 'compiled_kernels') for n in (3, 2)} | {
+        (w, 8, 2, n) for w in ('graph', 'eager') for n in (3, 2)} | {('graph', 16, B, 3) for B in (1, 2)}
+    assert len(bench.ldlm_table(rows).splitlines()) == 1 + len(rows)
+
+
+def test_ldlm_proof_finds_a_denoiser_that_is_not_used(ldlm_config, monkeypatch):
+    """The published loop: the last prediction counts 0."""
+    o = bench.latent_objective(ldlm_config, ldlm_config.shapes, 8, True)
+    monkeypatch.setattr(bench.LDLM, 'grid', lambda self, n, *_: (torch.ones(n), torch.tensor([[1.0, 0, 0]] * n)))
+    found = bench.weights_that_matter(o)['without_effect']
+    assert found and all(name.startswith('dit') for name in found) and any('qkv_proj' in name for name in found)
+
+
+def test_ldlm_bytes_are_those_of_the_weights(ldlm_config):
+    """By hand, d = 32, f = 48, V = 300, fp32: per step two plain blocks; once the decoders, less one self-attention."""
+    o = bench.latent_objective(ldlm_config, ldlm_config.shapes, 8, False)
+    n_bytes, flop = bench.latent_cost(bench.Sampler(o, 5, 3), 5)
+    mlp, d2 = 3 * 32 * 48, 32 * 32
+    step = 2 * (4 * d2 + mlp) + d2
+    once = 2 * (8 * d2 + mlp) - 4 * d2 + 2 * (8 * d2 + mlp) + 300 * 32
+    assert flop == 2 * 5 * 8 * (3 * step + once)
+    assert 4 * (3 * step + once) < n_bytes < 4 * (3 * step + once) * 1.05                   # norms, positions, times
+
+
 def test_the_command(tmp_path):
     """One peer runs, one cannot be imported: a line of the report, not its end."""
     (tmp_path / 'liger_kernel.py').write_text('raise ImportError("no Liger here")')
@@ -197,7 +245,8 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['fly'], 'train, align, memory'), (['train', '--peers=nope'], 'unknown peer'), (['--peers=flex'], 'packed'),
+    (['fly'], 'train, align, memory, kernels, sandbox, ldlm'), (['train', '--peers=nope'], 'unknown peer'),
+    (['--peers=flex'], 'packed'), (['ldlm', '--latents=0'], 'comma list'), (['ldlm', '--shapes=x.py'], 'no such file'),
     (['memory', '--device=cpu'], 'GPUs only'), (['train', '--peers=ours_align'], 'bench.py align'),
     (['train', '--n_embd=897'], 'multiple'), (['--steps=0'], 'at least 1')])
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys):

@@ -115,9 +115,9 @@ def test_rms_norm_rounds_as_hugging_face(small):
 @kernel
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('normed', [False, True])
-@pytest.mark.parametrize('H, HKV, hd', [(2, 1, 64), (1, 1, 24)])
+@pytest.mark.parametrize('H, HKV, hd', [(2, 1, 64), (1, 1, 24), (2, 0, 16), (0, 1, 16)])
 def test_rope_qkv(H, HKV, hd, normed, dtype, small):
-    """Positions differ between rows; the widths of heads need not be powers of 2."""
+    """Positions differ between rows; the widths of heads need not be powers of 2; there may be no q, or no k and v."""
     B, T = 2, 35
     qkv = randn(B, T, H + 2 * HKV, hd, dtype=dtype)
     pos = torch.arange(T).repeat(B, 1) + torch.tensor([[0], [100]])
@@ -126,7 +126,7 @@ def test_rope_qkv(H, HKV, hd, normed, dtype, small):
     fn = lambda *x: K.rope_qkv(*x[:3], H, HKV, *x[3:])
     ref = lambda *x: K.rope_qkv_ref(*x[:3], H, HKV, *x[3:])
     q, k, v = check(fn, ref, qkv, cos, sin, *weights)
-    assert torch.equal(v, qkv[:, :, H + HKV:]) and v.data_ptr() != qkv[:, :, H + HKV:].data_ptr()
+    assert torch.equal(v, qkv[:, :, H + HKV:]) and (not HKV or v.data_ptr() != qkv[:, :, H + HKV:].data_ptr())
     if normed and dtype == torch.float32:                       # the gradients come in attention's layout
         y = torch.cat([x.transpose(1, 2) for x in fn(qkv, cos, sin, *weights)], 1)
         up = randn(*y.shape, seed=5, grad=False)
@@ -152,6 +152,21 @@ def test_modulate_and_gated_add(dtype, small):
     check(K.modulate, K.modulate_ref, x, scale, shift)
     check(K.gated_add, K.gated_add_ref, x, h, gate)
     check(K.gated_add, K.gated_add_ref, x, h, gate.detach().float().requires_grad_())
+    check(K.modulate, K.modulate_ref, x, *(t.detach()[:1].requires_grad_() for t in (scale, shift)))    # one for all
+    check(K.gated_add, K.gated_add_ref, x, h, gate.detach()[:1].requires_grad_())
+
+
+@kernel
+@pytest.mark.parametrize('N, V, D', [(3, 301, 40), (70, 129, 16), (1, 5, 3)])
+def test_head_argmax(N, V, D):
+    """Rows, columns and depth that fill no tile; the best column first or last, or with all logits below zero."""
+    h, weight = (randn(n, D, seed=n, grad=False) for n in (N, V))
+    for w in (weight, -weight.abs()):
+        for x in (h, h.abs()): assert torch.equal(K.head_argmax(x, w), K.head_argmax_ref(x, w))
+    for best in (0, V - 1):
+        w = weight.clone()
+        w[best] = 10 * h[0]
+        assert K.head_argmax(h, w)[0] == best
 
 
 # -- the losses ----------------------------------------------------------------------------------------------
@@ -367,6 +382,23 @@ def test_compiles_without_spills(capability, shared_memory, tmp_path):
         for way in ('ld', 'st')[:1 + stores]: assert f'{way}.global.v4.b32' in done.asm['ptx'], f"{name} {way}"
 
 
+@pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
+def test_head_argmax_compiles():
+    """Without spills, with matrix units, its weight on the way in asynchronous copies of 16 bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    tiles, fn = {k: v for k, v in K.HEAD_ARGMAX.items() if k.isupper()} | dict(D=2048), K._head_argmax
+    kinds = dict(h='*bf16', weight='*bf16', best='*fp32', place='*i64', N='i32', V='i32')
+    source = ASTSource(fn, kinds | dict.fromkeys(tiles, 'constexpr'), {(fn.arg_names.index(k),): v
+                                                                     for k, v in tiles.items()},
+                       {(i,): [['tt.divisibility', 16]] for i in (0, 1, 2, 3, 5)})
+    options = {k: v for k, v in K.HEAD_ARGMAX.items() if k.islower()}
+    done = K.triton.compile(source, GPUTarget('cuda', 90, 32), options)
+    ptx = done.asm['ptx']
+    assert 'cp.async.cg.shared.global' in ptx and ('wgmma' in ptx or 'mma.sync' in ptx)
+    assert 'st.local' not in ptx and done.metadata.shared <= 227 << 10
+
+
 # -- at full size --------------------------------------------------------------------------------------------
 
 
@@ -418,3 +450,15 @@ def test_full_width_and_the_same_bits_twice():
             out = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)))
             twice.append(torch.autograd.grad(out, leaves))
         assert all(map(torch.equal, *twice))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason='needs a CUDA device')
+@pytest.mark.parametrize('N', [1, 64, 128, 700])
+def test_head_argmax_at_full_size(N):
+    """248,320 columns in bf16: what it picks is the largest logit, up to the order of summation in fp32."""
+    h, weight = (randn(n, 2048, seed=n, dtype=torch.bfloat16, grad=False) for n in (N, 248_320))
+    z = h.float() @ weight.float().T
+    got = K.head_argmax(h, weight)
+    assert got.shape == (N,) and (z.gather(1, got[:, None]).squeeze(1) - z.max(1).values).abs().max() < 1e-2
+    assert (got == z.argmax(1)).float().mean() > 0.99

@@ -2,7 +2,9 @@
 linear, a sampler that recovers a known Gaussian, sizes of the published tables, a tiny model that learns its text."""
 import json
 import math
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ import torch
 import checkpoint
 from ar import AR
 from data import Corpus, batch_from_documents, lay_out, prepare
+from encoder import Encoder
 from ldlm import (
     LDLM,
     AdaptiveTimesteps,
-    Encoder,
     LatentConfig,
     LatentModel,
+    Sampler,
+    cubic_alpha_sigma,
     encoder_grad_scale,
     row_noise,
     tangent_alpha_sigma,
@@ -33,7 +37,7 @@ def tiny(encoder='random:24:64', settings=None, **kw):
     encoder = Encoder(encoder).load()
     model = LatentModel(LatentConfig(**SMALL | dict(vocab_size=encoder.vocab_size, feature_dim=encoder.width) | kw))
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)              # nothing is zero: every path counts
-    return LDLM(encoder, model, separator=0, eos_id=0, **settings or {})
+    return LDLM(encoder, model, separator=0, eos_id=0, **dict(stats_rows=2) | (settings or {}))
 
 
 def rows(n, T=13, vocab=64, seed=0):
@@ -61,10 +65,25 @@ def test_tangent_schedule():
     torch.testing.assert_close(logsnr, -2 * (3 * (math.pi * t[:4] / 2).tan()).log())
 
 
+def test_cubic_schedule():
+    """What the tangent schedule is compared with; the sampler's steps follow whichever the model was trained on."""
+    t = torch.tensor([0.1, 0.2, 0.5, 0.9, 0.0, 1.0], dtype=torch.float64)
+    alpha, sigma = cubic_alpha_sigma(t)
+    torch.testing.assert_close(alpha ** 2, torch.tensor([.999, .992, .875, .271, 1, 0], dtype=torch.float64))
+    torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones_like(t))
+    o = tiny(settings=dict(schedule='cubic'))
+    (a, b, _), a0 = o.grid(10)[1][4], tiny().grid(10)[1][4, 0]
+    alpha, sigma = cubic_alpha_sigma(torch.tensor([0.6, 0.5], dtype=torch.float64))
+    assert a == pytest.approx(sigma[1] / sigma[0]) and b == pytest.approx(alpha[1] - a * alpha[0])
+    assert abs(a - a0) > 0.01 and o(o.prepare(rows(4), 0))[0] != tiny()(o.prepare(rows(4), 0))[0]
+    with pytest.raises(SystemExit, match='tangent or cubic'): tiny(settings=dict(schedule='cosine'))
+
+
 def test_warm_up_values():
     for share, value in ((0.5, .054), (0.8, .568), (0.9, .830)):
         assert encoder_grad_scale(share * 50_000, 50_000) == pytest.approx(value, abs=1e-3)
     assert encoder_grad_scale(0, 100) == pytest.approx(1e-3)
+    assert encoder_grad_scale(0, -1) == encoder_grad_scale(10 ** 6, -1) == 0
     assert encoder_grad_scale(100, 100) == encoder_grad_scale(500, 100) == encoder_grad_scale(0, 0) == 1
 
 
@@ -106,6 +125,54 @@ def test_token_loss_stops_at_the_features():
     assert h_hat.requires_grad                          # it is the loss that detaches
 
 
+def test_without_the_feature_loss_the_token_loss_goes_through():
+    """feature_loss=False: cross-entropy reaches decoder and encoder, and |h_hat - h|^2 is in no gradient."""
+    o = tiny(settings=dict(feature_loss=False))
+    batch = o.prepare(rows(4), 0)
+    whole, loss = gradients(o, batch), o(batch)[0].item()
+    o.model.head.weight.data.zero_()                    # a token loss without a gradient, and ln 64
+    silent = gradients(o, batch)
+    for name, g in silent.items():
+        if name.startswith('decoder'): assert not g.any() and whole[name].any(), name
+        elif name.startswith('dit'): torch.testing.assert_close(g, whole[name])
+        elif name.startswith('encoder'): assert g.any() and not torch.allclose(g, whole[name]), name
+    stats = o(batch)[1]
+    assert o(batch)[0].item() == pytest.approx(stats['denoise'][0].item() / 4 + math.log(64), rel=1e-4) != loss
+
+
+def test_never_is_the_gradient_of_the_features_alone():
+    """encoder_warmup=-1: what the encoder gets is what it got at g -> 0."""
+    never, late = (tiny(settings=dict(encoder_warmup=w)) for w in (-1, 10 ** 9))
+    batch = never.prepare(rows(4), 0)
+    a, b = gradients(never, batch), gradients(late, batch)
+    for name in a: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=1e-3)
+    assert a['dit.0.mlp.down_proj.weight'].any()
+
+
+def test_what_validation_says_of_the_latents():
+    """One text for all rows: no variance between latents. Noise on the decoder's input costs accuracy. The effective
+    rank is that of the latents' second moments; the curve is R^2 over xi, with as many terms as rows fill bins."""
+    o, batch = tiny(settings=dict(sigma_dec=30.0)), rows(64)
+    val = o.validate([part(batch, 0, 32), part(batch, 32, 64)], 0)
+    assert o.validate([batch], 0) == pytest.approx(val, rel=1e-4)
+    raw = o.model.encode(o._window(o.prepare(batch, 0))[1]).detach()
+    assert val['latent_variance'] == pytest.approx(raw.var(0, correction=0).mean().item(), rel=1e-4)
+    with torch.no_grad(): z = o.model.normalise(raw).flatten(0, 1)
+    p = torch.linalg.svdvals(z.double()) ** 2
+    p = p / p.sum()
+    assert val['effective_rank'] == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
+    assert 1 < val['effective_rank'] < 32 and 0 <= val['linearity'] <= 1
+    same = replace(batch, ids=batch.ids[:1].expand_as(batch.ids).contiguous())
+    assert o.validate([same], 0)['latent_variance'] < 1e-9
+    noise = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    o._denoise = lambda z, t, *_: z + t[:, None, None].sqrt() * (1 + 0.01 * noise[:len(z), :, None])
+    assert o.validate([batch], 0)['linearity'] > 0.99
+    o._denoise = lambda z, t, *_: z + t[:, None, None] ** 3
+    assert o.validate([batch], 0)['linearity'] < 0.8
+    o.model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) ** 6)                  # drawn so that t^6 is linear
+    assert o.validate([batch], 0)['linearity'] > 0.99
+
+
 def test_decoder_noise_is_for_training_only():
     batch = rows(4)
     losses = lambda o, seed: o(o.prepare(batch, seed))[1]['features'][0].item()
@@ -143,13 +210,25 @@ def test_the_gradient_can_neither_shift_nor_scale_the_latents():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """Loss, gradients and stats of 4 rows = those of rows 0-1 plus rows 2-3: noise belongs to the row."""
-    o = tiny(prefix_len=4)
-    whole = rows(4)
+    """Loss, stats and gradients of 4 rows = those of rows 0-1 plus rows 2-3: noise belongs to the row, statistics to
+    groups of stats_rows. With all 4 rows as one group, the gradients would differ."""
+    def grads(o):
+        found = {n: p.grad.clone() for n, p in o.model.named_parameters()}
+        o.zero_grad()
+        return found
+    o, whole = tiny(prefix_len=4), rows(4)
     loss, stats = o(o.prepare(whole, 3))
-    halves = [o(o.prepare(part(whole, lo, lo + 2), 3)) for lo in (0, 2)]
+    loss.backward()
+    want, halves = grads(o), [o(o.prepare(part(whole, lo, lo + 2), 3)) for lo in (0, 2)]
     torch.testing.assert_close(loss, halves[0][0] + halves[1][0])
     for k in stats: torch.testing.assert_close(stats[k], halves[0][1][k] + halves[1][1][k])
+    for half, _ in halves: half.backward()
+    for name, g in grads(o).items(): torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5, msg=name)
+    o.settings['stats_rows'] = 4
+    o(o.prepare(whole, 3))[0].backward()
+    g, name = grads(o), 'encoder.0.mlp.down_proj.weight'
+    assert (g[name] - want[name]).norm() > 0.01 * want[name].norm()
+    with pytest.raises(SystemExit, match='multiple of stats_rows = 4'): o(o.prepare(part(whole, 0, 2), 3))
 
 
 def test_rows_of_padding_count_nothing():
@@ -249,7 +328,7 @@ def test_exact_denoiser_recovers_the_gaussian(eta, grid):
     model = ExactDenoiser(LatentConfig(**SMALL | dict(n_embd=4, n_head=1)))
     model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) * 0.7 + torch.linspace(0, 1, 65) ** 2 * 0.3)
     o = LDLM(Encoder('random:24:64'), model, 0, 0)
-    z = o.sample_latents(torch.arange(2000) * 7919, 512, eta, grid).flatten(0, 1)           # (24000, 4)
+    z = Sampler(o, 2000, 512, eta, grid).latents(torch.arange(2000) * 7919).flatten(0, 1)       # (24000, 4)
     torch.testing.assert_close(z.mean(0), model.mean, atol=0.02, rtol=0)
     torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.05)
     assert abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
@@ -283,6 +362,99 @@ def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
     with pytest.raises(SystemExit, match='prefix_len=0'): o.sample([[1]], 12)
 
 
+SHAPES = [dict(), dict(perceiver_block='split', perceiver_skip=False, dit_adaln=False, perceiver_layers=2),
+          dict(perceiver_block='split', perceiver_skip=False, prefix_len=4), dict(dit_adaln=False, prefix_len=4),
+          dict(n_latents=5, latent_dim=8), dict(n_latents=20, dit_adaln=False, feature_dim=32, latent_dim=16)]
+
+
+def some_prefix(o, B):
+    c = o.model.cfg
+    if not c.prefix_len: return {}
+    g = torch.Generator().manual_seed(3)
+    seen = torch.arange(c.prefix_len) >= torch.tensor([c.prefix_len, *range(B - 1)])[:, None]       # none, all, ...
+    return dict(context=torch.randn(B, c.prefix_len, c.feature_dim, generator=g), seen=seen)
+
+
+@torch.no_grad()
+def plain_sampler(o, seeds, n_steps, eta, prefix):
+    """The sampler as one would write it first: everything anew at every step. -> z, logits"""
+    m, (times, factors) = o.model, o.grid(n_steps, 'uniform', eta)
+    z = row_noise(seeds, (m.cfg.n_latents, m.cfg.latent_dim))
+    z_hat = torch.zeros_like(z)
+    for i, (t, (a, b, c)) in enumerate(zip(times, factors)):
+        z_hat = m.denoise(z, m.modulations(t.expand(len(z))), z_hat, **prefix)
+        z = (a * z + b * z_hat + c * row_noise(seeds, z.shape[1:], stream=i + 1)).float()
+    return z, m.head(m.token_states(m.decode(z / (1 + o.settings['sigma_dec'] ** 2) ** 0.5)))
+
+
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_sampler_is_the_plain_sampler(kw):
+    """What it computes once, ahead of the steps, changes nothing."""
+    o, seeds = tiny(**kw), torch.tensor([5, 2 ** 50, 9])
+    for eta, prefix in ((0.0, some_prefix(o, 3)), (0.7, some_prefix(o, 3))):
+        sampler = Sampler(o, 3, 4, eta)
+        assert (sampler.start is None) == (o.model.cfg.perceiver_skip or o.model.cfg.perceiver_block == 'joint')
+        z, logits = plain_sampler(o, seeds, 4, eta, prefix)
+        torch.testing.assert_close(sampler.latents(seeds, **prefix), z, atol=1e-5, rtol=1e-4)
+        assert torch.equal(sampler(seeds, **prefix), logits.argmax(-1))
+        assert len(logits.argmax(-1).unique()) > 1
+
+
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_every_weight_matters(kw):
+    """Each tensor but the encoder's, moved a little, moves the logits, and more than rounding does: the published
+    loop multiplies the last z_hat by 0, and no weight of its denoiser does."""
+    o, seeds = tiny(**kw), torch.tensor([5, 6])
+    prefix = some_prefix(o, 2)
+
+    def logits():
+        s = Sampler(o, 2, 3)
+        return s.states(s.latents(seeds, **prefix)) @ o.model.head.weight.T
+    want, moved = logits(), {}
+    assert torch.equal(want, logits())
+    for name, p in o.model.named_parameters():
+        old = p.detach().clone()
+        with torch.no_grad(): p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        moved[name] = ((logits() - want).norm() / want.norm()).item()
+        with torch.no_grad(): p.copy_(old)
+    assert {n for n, x in moved.items() if x == 0} == {n for n in moved if n.startswith('encoder')}
+    assert min(x for n, x in moved.items() if not n.startswith('encoder')) > 1e-5, moved
+
+
+def test_sampler_is_kept_while_the_weights_stay():
+    o = tiny()
+    assert o.sampler(2, 3) is not o.sampler(2, 3)                               # training
+    o.eval()
+    assert o.sampler(2, 3) is o.sampler(2, 3) is not o.sampler(2, 4)
+    old = o.sampler(2, 3)
+    assert o.train().eval().sampler(2, 3) is not old
+
+
+def test_in_dtype_shares_or_casts():
+    m = tiny().model
+    low, same = m.in_dtype(torch.bfloat16), m.in_dtype(torch.float32)
+    assert low.head.weight.dtype == low.dit[0].adaln.bias.dtype == torch.bfloat16 != m.head.weight.dtype
+    assert low.token_decoder_norm.weight.dtype == low.timesteps.cdf.dtype == torch.float32
+    for (n, a), b in zip(m.state_dict().items(), same.state_dict().values(), strict=True):
+        assert a.data_ptr() == b.data_ptr(), n
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('compiled', ['', 'default'])
+@pytest.mark.parametrize('kw', SHAPES, ids=str)
+def test_graph_gives_what_the_eager_sampler_gives(kw, compiled):
+    o = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda')
+    prefix = {k: x.cuda() for k, x in some_prefix(o, 3).items()}
+    sampler = Sampler(o, 3, 4, eta=0.5, compiled=compiled)
+    for seed in range(4):
+        seeds = torch.tensor([seed, 70 + seed, 2 ** 40 + seed], device='cuda')
+        want = sampler.tokens(seeds, *prefix.values())
+        got = sampler(seeds, **prefix)
+        assert torch.equal(got, want) and (sampler.graph is not None) == (seed > 0)
+    assert not torch.equal(got, sampler(seeds + 1, **prefix))
+
+
 def test_history_shows_every_step():
     o, history = tiny(prefix_len=4, max_seq_len=17), []
     ids, nfe = o.sample([[1, 2], [3]], 20, n_steps=3, seed=0, history=history)
@@ -307,7 +479,7 @@ def test_self_conditioning_sees_the_guess_in_half_of_the_rows():
     assert (grad0, grad1) == (False, True) and first.shape[0] == 3 and not first.any()
     assert not second[::2].any() and second[1::2].flatten(1).any(1).all() and not second.requires_grad
     calls.clear()
-    o.sample_latents(torch.tensor([1]), 3)
+    Sampler(o, 1, 3).latents(torch.tensor([1]))
     assert not calls[0][1].any() and calls[1][1].any()                          # the previous z_hat
     off = tiny(settings=dict(self_cond=False))
     assert off.prepare(rows(6), 0).noise['guess'].numel() == 0
@@ -354,11 +526,13 @@ def sizes(**kw):
 
 
 def test_parameters_of_the_papers_table():
-    """49.5M per Perceiver, 66.9M token decoder with its head, 131.5M DiT (positions and queries aside)."""
-    m = sizes(vocab_size=50257, feature_dim=768, max_seq_len=129)
-    for part, millions in (('encoder', 49.5), ('decoder', 49.5), ('dit', 131.5)):
-        assert m.n_params(False, part) / 1e6 == pytest.approx(millions, rel=1.2e-3), part
-    assert (m.n_params(part='token_decoder') + m.n_params(part='head')) / 1e6 == pytest.approx(66.9, rel=1e-3)
+    """6 Perceiver layers of 14 d^2 (49.5M), a token decoder of 3 x 16 d^2 and its head (66.9M), 12 DiT layers of 18 d^2
+    and 7 d^2 around them (131.5M), positions and queries aside: to 0.1%; what is more are norms and biases."""
+    m, d = sizes(vocab_size=50257, feature_dim=768, max_seq_len=129), 768
+    for part, squares in (('encoder', 6 * 14), ('decoder', 6 * 14), ('dit', 12 * 18 + 7)):
+        assert m.n_params(False, part) == pytest.approx(squares * d * d, rel=1e-3), part
+    assert m.n_params(part='token_decoder') + m.n_params(part='head') == pytest.approx(
+        3 * 16 * d * d + 50257 * d, rel=1e-3)
 
 
 @pytest.mark.parametrize('d, n_ff, table', [
@@ -369,6 +543,17 @@ def test_parameters_of_the_readmes_table(d, n_ff, table):
               perceiver_layers=4, decoder_layers=2, perceiver_block='split', dit_adaln=False)
     for part, millions in table.items():
         assert m.n_params(part='' if part == 'total' else part) / 1e6 == pytest.approx(millions, rel=1e-3), part
+
+
+def test_ablations():
+    """sigma from the capacity of a latent: 512 dimensions at sigma 3 hold 39 bits; arms name settings of train.py."""
+    root = Path(__file__).parent.parent
+    script, train = runpy.run_path(root / 'experiments/ldlm_ablations.py'), (root / 'train.py').read_text()
+    assert script['capacity_sigma'](512, 39) == pytest.approx(3, abs=0.01)
+    sigma = script['ARMS']['I'][1]['sigma_dec']
+    assert 128 / 2 * math.log2(1 + sigma ** -2) == pytest.approx(39, abs=0.1)
+    for _, settings in script['ARMS'].values():
+        for key in settings: assert f'\n{key} = ' in train, key
 
 
 # ---- encoder and data --------------------------------------------------------------------------------------

@@ -25,6 +25,26 @@ def test_tables_are_drawn_from_results():
     assert plot.render(README) == README, "run: python plot.py"
 
 
+def test_tables_of_results_to_come(monkeypatch):
+    """Drawn as soon as README.md has their block; the fastest way that agrees counts."""
+    way = dict(shape='qwen3_6_35b_a3b', tokens=64, batch=1, steps=10, way='graph', ms=4.0, tokens_per_s=16000.0,
+               read_bytes=6e9, of_limit=0.5, bound='bytes', rel_error=0.01)
+    results = [dict(way='copy'), dict(shape=way['shape'], way='weights', parameters=1.386e9), way,
+               way | dict(way='compiled', ms=3.0, tokens_per_s=21333.0, rel_error=0.5),         # wrong
+               way | dict(way='eager', ms=20.0, tokens_per_s=3200.0),
+               dict(shape=way['shape'], way='compiled_kernels', error='x')]
+    val = dict.fromkeys('accuracy accuracy_noisy accuracy_t linearity effective_rank latent_variance'.split(), 0.5)
+    arm = dict(arm='A', label='everything', seed=1, tokens=1e6, validation=val,
+               samples={'8': dict(gen_ppl=12.34, token_entropy=5.0)})
+    files = dict(ldlm_speed=dict(hardware='H', results=results),
+                 ldlm_ablations=dict(hardware='H', results=[arm, arm | dict(samples={})], config=dict(nfe='4,8')))
+    load = plot.load
+    monkeypatch.setattr(plot, 'load', lambda name: files[name] if name in files else load(name))
+    text = plot.render(README + ''.join(f'<!-- {name} -->\n<!-- end -->\n' for name in plot.PENDING))
+    assert '| 16,000 | 4.00 | 6.0 GB | 50% | 3,200 | 3,238 | 2,061 |' in text and '21,333' not in text
+    assert '| A: everything | 1 | 50.0% |' in text and '| 12.3 | 5.00 |' in text and '| - | - |' in text
+
+
 @pytest.mark.parametrize('file', sorted((ROOT / 'results').glob('*.json')), ids=lambda f: f.name)
 def test_every_result_says_where_it_comes_from(file):
     r = json.loads(file.read_text())

@@ -209,7 +209,7 @@ def test_resume_is_exact(train, optimizer, monkeypatch):
 
 
 LATENT = dict(objective='ldlm', encoder='random:16:320', prefix_len=8, perceiver_layers=1, decoder_layers=1,
-              ema_decay=0.9, encoder_warmup=4)
+              ema_decay=0.9, encoder_warmup=4, stats_rows=2)
 
 
 def test_a_latent_run_resumes_exactly(train, monkeypatch):

