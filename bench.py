@@ -473,7 +473,9 @@ def take_turn(c, ask, row, is_first, file):
         trace = f"{c.out_dir}/{row['peer']}.trace.json.gz" if c.profile else ''
         spent = ask('profile', 3 if trace else 1, trace)
         row['attention'] = [k for k, ms, _ in spent if kind(k) == 'attention' and ms > 0.01]
-        if trace: print(profile_table(spent), f'trace: {trace}', sep='\n')
+        if trace:
+            row['profile_ms'] = {k: sum(ms for name, ms, _ in spent if kind(name) == k) for k in KINDS}
+            print(profile_table(spent), f'trace: {trace}', sep='\n')
     ask('park')
 
 

@@ -759,9 +759,11 @@ def _ce_load(z, c, skip_col, V):
 
 
 @triton.jit
-def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program. Never autotune it: a second run would read gradients for logits. A constant V would let
-    the compiler unroll the loops until registers spill."""
+def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+             GROUP: tl.constexpr):
+    """One row per program; each group of GROUP neighbours, which one thread holds, has its own running maximum and
+    sum, so that threads wait for each other only once. Never autotune it: a second run would read gradients for
+    logits. A constant V would let the compiler unroll the loops until registers spill."""
     row = tl.program_id(0).to(tl.int64)                                 # row * V exceeds 2^31
     z += row * V
     cols = tl.arange(0, BLOCK)
@@ -770,15 +772,15 @@ def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl
     if (weight != 0) | (scale != 0):
         y = tl.load(targets + row)
         z_y = tl.load(z + y, y != skip_col, -float('inf')).to(tl.float32)
-        m, total = -float('inf'), 0.0
+        m = tl.full((BLOCK // GROUP,), -1e30, tl.float32)               # finite: -inf - -inf would be NaN
+        total = tl.zeros((BLOCK // GROUP,), tl.float32)
         for start in range(0, V, BLOCK):
-            c = start + cols
-            x = _ce_load(z, c, skip_col, V)
-            new = tl.maximum(m, tl.max(x))
-            safe = tl.where(new == -float('inf'), 0.0, new)             # nothing but -inf so far
-            total = total * tl.exp(m - safe) + tl.sum(tl.exp(x - safe))
+            x = tl.reshape(_ce_load(z, start + cols, skip_col, V), (BLOCK // GROUP, GROUP))
+            new = tl.maximum(m, tl.max(x, 1))
+            total = total * tl.exp(m - new) + tl.sum(tl.exp(x - new[:, None]), 1)
             m = new
-        lse = m + tl.log(total)
+        best = tl.max(m)
+        lse = best + tl.log(tl.sum(total * tl.exp(m - best)))
         weight += scale * tl.exp(z_y - lse)
         tl.store(ce + row, lse - z_y)
         tl.store(w + row, weight)
@@ -795,7 +797,7 @@ def _ce_rows(z, targets, a, b, ce, w, skip_col, V, HAS_B: tl.constexpr, GRAD: tl
                 tl.store(z + start + cols, tl.zeros((BLOCK,), tl.float32), start + cols < V)
 
 
-CE_ROWS = dict(BLOCK=16384, num_warps=16)
+CE_ROWS = dict(BLOCK=8192, GROUP=16, num_warps=16)
 
 
 def _ce_rows_torch(z, y, a, b, skip_col, grad):
@@ -814,7 +816,7 @@ def _ce_rows_torch(z, y, a, b, skip_col, grad):
 
 def _ce_rows_triton(z, y, a, b, skip_col, grad):
     ce, w = torch.empty_like(a), torch.empty_like(a)
-    block = CE_ROWS | dict(BLOCK=min(CE_ROWS['BLOCK'], triton.next_power_of_2(z.shape[1])))
+    block = CE_ROWS | dict(BLOCK=min(CE_ROWS['BLOCK'], max(triton.next_power_of_2(z.shape[1]), CE_ROWS['GROUP'])))
     _ce_rows[(len(z),)](z, y, a, b, ce, w, -1 if skip_col is None else skip_col, z.shape[1],
                         b is not None, grad, **block)
     return ce, w, z

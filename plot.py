@@ -88,24 +88,26 @@ PUBLISHED = {
 
 
 def evaluation():
-    """Ours from results/<name>_{val,humaneval,infill_single}.json; the rest as published."""
+    """Ours from results/<name>_{val,humaneval,infill_single,infill_multi,infill_random}.json; the rest as published."""
     pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
-    rows = [('model', 'networkx, bits/byte', 'HumanEval pass@1 / @10', 'MBPP pass@1 / @10',
-             'single-line infilling pass@1, average / '
-             'oracle length', 'its exact match', 'SantaCoder-FIM exact match')]
+    rows = [('percent; holes: average over lengths / oracle length', 'networkx, bits/byte', 'HumanEval pass@1 / @10',
+             'MBPP pass@1 / @10', 'single lines, pass@1', 'exact', 'several lines, pass@1', 'exact',
+             'random spans, pass@1', 'exact', 'SantaCoder-FIM, exact')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
                         ('aligned', 'SmolLM2-135M-Instruct (4-bit), made a masked diffusion model'),
                         ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
         if not (HERE / f'results/{name}_infill_single.json').exists(): continue
-        nll, code, holes = load(f'{name}_val'), load(f'{name}_humaneval'), load(f'{name}_infill_single')
-        code, holes = code['results']['humaneval'], holes['results']['infill_single']
-        both = [[100 * group[k] for group in ((holes['average'], holes['by_length']['oracle']) if 'average' in holes
-                                              else (holes,))] for k in ('pass@1', 'exact_match')]
-        rows.append((label, bits(nll['results']['nll']), pair([100 * code['pass@1'], 100 * code['pass@10']]), '',
-                     *map(pair, both), ''))
+        code, holes = load(f'{name}_humaneval')['results']['humaneval'], []
+        for task in ('infill_single', 'infill_multi', 'infill_random'):
+            r = load(f'{name}_{task}')['results'][task] if (HERE / f'results/{name}_{task}.json').exists() else {}
+            lengths = r['by_length'] if 'by_length' in r else dict(oracle=r)
+            groups = [r] if name == 'smollm2' else [r.get('average'), lengths['oracle']]
+            holes += [pair([g and 100 * g[k] for g in groups]) if r else '' for k in ('pass@1', 'exact_match')]
+        rows.append((label, bits(load(f'{name}_val')['results']['nll']),
+                     pair([100 * code['pass@1'], 100 * code['pass@10']]), '', *holes, ''))
     for name, p in PUBLISHED.items():
-        rows.append((f'{name} (published)', '', pair(p.get('humaneval')), pair(p.get('mbpp')), pair(p['infill']), '',
-                     pair(p['santacoder'])))
+        rows.append((f'{name} (published)', '', pair(p.get('humaneval')), pair(p.get('mbpp')), pair(p['infill']),
+                     *[''] * 5, pair(p['santacoder'])))
     return table(*rows)
 
 
@@ -125,12 +127,43 @@ def sandbox():
 
 
 def speed():
-    r = load('bench_first')
-    rows = [(f"training step, 16 x 1,024 tokens, {r['hardware']}", 'tokens/s', 'ms', 'peak memory', 'MFU',
-             'cosine to the fp32 gradient')]
-    labels = dict(hf_compile_compact='transformers, torch.compile, head at masked rows only', ours='ours')
-    return table(*rows, *((labels[x['peer']], f"{x['tokens_per_s'] / 1e3:.1f}k", f"{x['median_ms']:.1f}",
-                           f"{x['peak_gib']:.1f} GiB", f"{x['mfu']:.1%}", f"{x['cosine']:.4f}") for x in r['results']))
+    dense, packed = load('bench_train'), load('bench_packed')
+    labels = dict(
+        hf_eager='transformers, SDPA', hf_eager_compact='transformers, head at masked rows only',
+        hf_compile='transformers, torch.compile',
+        hf_compile_compact='transformers, torch.compile, head at masked rows only',
+        flex='the same with FlexAttention', varlen='the same with varlen attention', liger='Liger, as shipped',
+        liger_compact='Liger, head at masked rows only', liger_tuned='Liger, tuned by us', ours_eager='ours, eager',
+        ours='ours')
+    found = [{r['peer']: r for r in x['results'] if r.get('agrees') and 'tokens_per_s' in r} for x in (dense, packed)]
+    c, rows = dense['config'], [(f"training step, {dense['hardware']}", 'tokens/s', 'ours is', 'peak memory', 'MFU',
+                                 'packed rows: tokens/s', 'ours is', 'peak memory')]
+    for peer, label in labels.items():
+        cells = []
+        for peers in found:
+            r = peers.get(peer)
+            cells += [f"{r['tokens_per_s'] / 1e3:.1f}k", f"{peers['ours']['tokens_per_s'] / r['tokens_per_s']:.2f}x",
+                      f"{r['peak_gib']:.1f} GiB", f"{r['mfu']:.1%}"] if r else [''] * 4
+        rows.append((label, *cells[:-1]))
+    assert (c['batch'], c['seq_len'], c['n_layer'], c['n_embd']) == (16, 1024, 24, 896)     # what the text says
+    return table(*rows)
+
+
+def kernel_speed():
+    """Forward and backward together."""
+    r = load('bench_kernels')
+    rows = [(f"forward + backward, ms; {r['hardware']}", 'reference', 'torch.compile', 'Liger', 'ours',
+             'ours: rate', 'of the roof', 'memory: torch.compile', 'ours')]
+    others = dict(attention='flex')                 # the peer in the place of torch.compile
+    for kernel in dict.fromkeys(x['kernel'] for x in r['results'][2:]):
+        ways = {x['way']: x for x in r['results'] if x['kernel'] == kernel and 'forward_ms' in x}
+        ms = {way: f"{x['forward_ms'] + x['backward_ms']:.3f}" for way, x in ways.items()}
+        other, x = others.get(kernel, 'compiled'), ways['ours']
+        rate = f"{x['teraflops']:.0f} TFLOP/s" if 'teraflops' in x else f"{x['gb_per_s']:,.0f} GB/s"
+        rows.append((f'`{kernel}`', ms['reference'], ms[other] + ' (FlexAttention)' * (other == 'flex'),
+                     ms.get('liger', ''), ms['ours'], rate, f"{x['of_roof']:.0%}",
+                     f"{ways[other]['peak_mib']:,.0f} MiB", f"{x['peak_mib']:,.0f} MiB"))
+    return table(*rows)
 
 
 # Arms of experiments/alignment.py: label, and the arm whose lowest validation loss is the goal.
@@ -281,7 +314,8 @@ def ldlm_ablations():
 
 PENDING = dict(ldlm_speed=ldlm_speed, ldlm_ablations=ldlm_ablations)    # drawn where README.md has the block already
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
-              canonical=canonical, sandbox=sandbox, speed=speed, alignment=alignment, **PENDING)
+              canonical=canonical, sandbox=sandbox, speed=speed, kernel_speed=kernel_speed, alignment=alignment,
+              **PENDING)
 
 
 def render(text):

@@ -102,7 +102,7 @@ def cross_entropy():
     logits = torch.randn(n, V, device='cuda', dtype=torch.bfloat16)
     y, a = torch.randint(V - 1, (n,), device='cuda'), torch.full((n,), 1 / n, device='cuda')
     for block, warps in [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]:
-        K.CE_ROWS = dict(BLOCK=block, num_warps=warps)
+        K.CE_ROWS = default | dict(BLOCK=block, num_warps=warps)
         ms, _ = measure(lambda: K._ce_rows_triton(logits, y, a, None, V - 1, True))
         alone, _ = measure(lambda: K._ce_rows_triton(logits, y, a, None, V - 1, False))
         say(kernel='_ce_rows', rows=n, **K.CE_ROWS, ms=ms, without_gradient_ms=alone,

@@ -44,7 +44,7 @@ def poison(monkeypatch):
 def small(monkeypatch):
     """Loops that take one turn at small sizes take several."""
     monkeypatch.setattr(K, 'PROGRAMS', 3)
-    monkeypatch.setattr(K, 'CE_ROWS', dict(BLOCK=256, num_warps=4))
+    monkeypatch.setattr(K, 'CE_ROWS', dict(BLOCK=256, GROUP=16, num_warps=4))
     monkeypatch.setattr(K, 'SWIGLU', dict(BLOCK=128, num_warps=4))
 
 
