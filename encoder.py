@@ -59,7 +59,6 @@ class Encoder:
         if self.model is not None: return self
         self.model = self._open()
         self.model.eval().requires_grad_(False)
-        if torch.cuda.is_available() and self.device != 'cpu': self.model.bfloat16()
         digest = hashlib.sha256()
         for p in self.model.parameters():                                       # a sample of every tensor, in bf16
             part = p.detach().flatten()[:4096].cpu().bfloat16().view(torch.int16)
@@ -74,32 +73,35 @@ class Encoder:
             try: self.width, self.vocab_size = map(int, self.path.split(':')[1:])
             except ValueError:
                 raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
-            self.causal = True
+            self.causal, self.config = True, ''
             return RandomFeatures(self.width, self.vocab_size)
         kind = 'llama' if gguf_path(self.path) else json.loads(
             (resolve(self.path) / 'config.json').read_text()).get('model_type')
         if kind in ('llama', 'qwen2', 'qwen3'):
             model = Transformer.from_pretrained(self.path)
             model.layers = model.layers[:self._upto(len(model.layers))]
-            model.lm_head, model.norm = None, nn.Identity() if self.layer != -1 else model.norm
+            model.lm_head, model.norm = None, model.norm if self.is_last else nn.Identity()
             self.width, self.vocab_size, self.causal = model.cfg.n_embd, model.cfg.vocab_size, model.cfg.causal
+            self.config = str(model.cfg)
             return model
         from transformers import AutoModel
-        model = AutoModel.from_pretrained(resolve(self.path))
+        model = AutoModel.from_pretrained(resolve(self.path), dtype=torch.float32)
         c, n = model.config, model.config.num_hidden_layers
         owner, name = next(((m, name) for m in model.modules() for name, child in m.named_children()
                             if isinstance(child, nn.ModuleList) and len(child) == n), (None, ''))
         if owner is None: raise SystemExit(f"{self.path}: cannot find the {n} blocks in {type(model).__name__}")
         setattr(owner, name, getattr(owner, name)[:self._upto(n)])
         model.config.num_hidden_layers = self._upto(n)
-        self.width, self.vocab_size, self.causal = c.hidden_size, c.vocab_size, True
-        if self.layer != -1: getattr(owner, name)[-1].register_forward_hook(self._tap)
+        self.width, self.vocab_size, self.causal, self.config = c.hidden_size, c.vocab_size, True, c.to_json_string()
+        if not self.is_last: getattr(owner, name)[-1].register_forward_hook(self._tap)
         return model
 
     def _upto(self, n_layer):
+        """How many blocks to run. The last hidden state, but no other, is behind the final norm."""
         upto = n_layer + 1 + self.layer if self.layer < 0 else self.layer
         if not 1 <= upto <= n_layer:
             raise SystemExit(f"encoder_layer {self.layer}: {self.path} has {n_layer} blocks, so -1 to -{n_layer}")
+        self.is_last = upto == n_layer
         return upto
 
     def _tap(self, module, args, output): self.tapped = output[0] if isinstance(output, tuple) else output
@@ -110,21 +112,22 @@ class Encoder:
         T = ids.shape[1]
         if T not in self.caches:
             self.load()
-            self.caches[T] = FeatureCache(f'{self.cache}/{self.hash}{self.layer}-{T}', (T, self.width))
+            key = hashlib.sha256(f'{self.hash} {self.config} {self.layer}'.encode()).hexdigest()[:16]
+            self.caches[T] = FeatureCache(f'{self.cache}/{key}-{T}', (T, self.width))
         return self.caches[T].features(ids.cpu(), lambda rows: self.features(rows.to(ids.device))).to(ids.device)
 
     @torch.no_grad()
     def features(self, ids):
-        """ids (B, T) -> (B, T, width) in fp32, on the device of the ids."""
-        device = self.device or ids.device
-        self.load().model.to(device)
-        x = ids.to(device)
-        if isinstance(self.model, Transformer):
-            h = self.model.hidden(x) if self.layer == -1 else self.model.hidden(x, upto=len(self.model.layers))
-        elif isinstance(self.model, RandomFeatures): h = self.model(x)
-        else:
-            h = self.model(input_ids=x, use_cache=False).last_hidden_state
-            if self.layer != -1: h = self.tapped
+        """ids (B, T) -> (B, T, width) in fp32, on the device of the ids. Computed in bf16 on a GPU, in fp32 on a CPU,
+        whatever autocast the caller is in."""
+        x = ids.to(self.device or ids.device)
+        model = self.load().model.to(x.device, torch.bfloat16 if x.is_cuda else None)
+        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):     # Triton: on the current device
+            if isinstance(model, Transformer): h = model.hidden(x, upto=None if self.is_last else len(model.layers))
+            elif isinstance(model, RandomFeatures): h = model(x)
+            else:
+                h = model(input_ids=x, use_cache=False).last_hidden_state
+                if not self.is_last: h = self.tapped
         return h.to(ids.device).float()
 
 

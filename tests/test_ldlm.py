@@ -562,16 +562,19 @@ def test_encoder_is_hidden_states_of_transformers(tmp_path):
     from transformers import AutoModel, GPT2Config, GPT2Model
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (2, 9))
-    Transformer(ModelConfig(vocab_size=64, n_layer=4, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16)
-                ).save_pretrained(tmp_path / 'own')
-    GPT2Model(GPT2Config(n_layer=4, n_head=2, n_embd=32, vocab_size=64, bos_token_id=0, eos_token_id=0)
-              ).save_pretrained(tmp_path / 'gpt2')
+    own = Transformer(ModelConfig(vocab_size=64, n_layer=4, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16))
+    gpt2 = GPT2Model(GPT2Config(n_layer=4, n_head=2, n_embd=32, vocab_size=64, bos_token_id=0, eos_token_id=0))
+    for norm in (own.norm, gpt2.ln_f): torch.nn.init.normal_(norm.weight)
+    own.save_pretrained(tmp_path / 'own')
+    gpt2.bfloat16().save_pretrained(tmp_path / 'gpt2')                          # read as fp32 all the same
     for kind in ('own', 'gpt2'):
-        model = AutoModel.from_pretrained(tmp_path / kind)
+        model = AutoModel.from_pretrained(tmp_path / kind, dtype=torch.float32)
         with torch.no_grad(): states = model.eval()(ids, output_hidden_states=True).hidden_states
-        for layer in (-1, -2, -3, 1):
+        for layer in (-1, -2, -3, 1, 4):
             encoder = Encoder(tmp_path / kind, layer)
             torch.testing.assert_close(encoder.features(ids), states[layer], atol=1e-5, rtol=1e-4)
+        with torch.autocast('cpu', torch.bfloat16): again = encoder.features(ids)
+        assert torch.equal(again, encoder.features(ids))
         assert (encoder.width, encoder.vocab_size) == (32, 64)
         with pytest.raises(SystemExit, match='has 4 blocks'): Encoder(tmp_path / kind, -5).load()
     assert len(Encoder(tmp_path / 'own', -3).load().model.layers) == 2
@@ -579,6 +582,19 @@ def test_encoder_is_hidden_states_of_transformers(tmp_path):
     o = tiny(str(tmp_path / 'own'))
     assert not any('norm.weight' == n or 'embed' in n for n in o.state_dict())
     assert sum(p.numel() for p in o.parameters()) == o.model.n_params()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices')
+def test_encoder_on_another_gpu(tmp_path):
+    """Its Triton kernels run where its weights are, not on the current device."""
+    torch.manual_seed(0)
+    Transformer(ModelConfig(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16)
+                ).save_pretrained(tmp_path)
+    ids = torch.randint(0, 64, (2, 9), device='cuda:0')
+    here, there = (Encoder(tmp_path, -1, device=d).features(ids) for d in ('', 'cuda:1'))
+    assert here.device == there.device == ids.device and torch.equal(here, there)
+    torch.testing.assert_close(there.cpu(), Encoder(tmp_path, -1, device='cpu').features(ids).cpu(), atol=0.05, rtol=0.05)
 
 
 def test_cache_encodes_a_row_once(tmp_path):
@@ -596,6 +612,21 @@ def test_cache_encodes_a_row_once(tmp_path):
     keys.write_bytes(keys.read_bytes()[:-7])                                    # the last key was cut off
     second = encoder()
     assert torch.equal(second.cached(ids.flip(0)), want.flip(0)) and second.calls == [1]
+
+
+def test_cache_is_of_one_encoder(tmp_path):
+    """Other weights, another layer, or the same weights read otherwise (here: bidirectional) share nothing."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, 9))
+    model = Transformer(ModelConfig(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16))
+    for name in ('a', 'bidirectional', 'trained'):
+        model.cfg.causal = name != 'bidirectional'
+        if name == 'trained': model.layers[0].mlp.down_proj.weight.data.mul_(2)
+        model.save_pretrained(tmp_path / name)
+    for name, layer in (('a', -1), ('a', -2), ('bidirectional', -1), ('trained', -1), ('a', -1)):
+        encoder = Encoder(tmp_path / name, layer, cache=tmp_path / 'cache')
+        assert torch.equal(encoder.cached(ids), encoder.features(ids).bfloat16().float()), (name, layer)
+    assert len(list((tmp_path / 'cache').iterdir())) == 4
 
 
 def test_feature_statistics_are_per_dimension_and_skip_the_sink():
