@@ -161,6 +161,9 @@ class LatentConfig:
         self.chunk_len = self.max_seq_len - 1 - self.prefix_len
         self.n_latents, self.latent_dim = self.n_latents or self.chunk_len, self.latent_dim or self.n_embd
         for wrong, why in (
+                (min(self.n_layer, self.perceiver_layers, self.decoder_layers) < 1 or min(
+                    self.prefix_len, self.n_latents, self.latent_dim) < 0,
+                 "n_layer, perceiver_layers and decoder_layers must be at least 1, other sizes at least 0"),
                 (self.chunk_len < 1,
                  f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
                 (self.perceiver_block not in ('joint', 'split'),
@@ -298,6 +301,8 @@ class LatentModel(nn.Module):
     @property
     def layers(self): return nn.ModuleList([*self.encoder, *self.decoder, *self.token_decoder, *self.dit])
 
+    def freeze(self, names): raise SystemExit("freeze_layers is for objectives that train a Transformer, not for ldlm")
+
     def fused_rows(self):
         d = self.cfg.n_embd
         return dict(qkv_proj=[d] * 3, kv_proj=[d] * 2, gate_up_proj=[self.cfg.n_ff] * 2, adaln=[d] * 6)
@@ -341,7 +346,10 @@ class LatentModel(nn.Module):
         """Learned queries (N, d), and with the skip the mean of the inputs (B, M, d) that lie at each query's place."""
         x = self._cast(queries.expand(len(inputs), -1, -1))
         if not self.cfg.perceiver_skip: return x
-        return x + F.adaptive_avg_pool1d(inputs.transpose(1, 2), len(queries)).transpose(1, 2)
+        N, M = len(queries), inputs.shape[1]
+        if N == M: return x + inputs
+        pool = F.adaptive_avg_pool1d(torch.eye(M, device=x.device, dtype=x.dtype), N)      # (M, N)
+        return x + pool.T @ inputs                          # the pooling's own backward is not deterministic on GPUs
 
     def encode(self, h):
         """Normalised features (B, L, F) -> latents (B, n_latents, latent_dim), each of RMS 1, without statistics."""
@@ -613,7 +621,8 @@ class LDLM(Objective):
             mse = lambda a, b, used=used: used * (a - b).square().mean((1, 2))
             z, raw = (x.double() * used[:, None, None] for x in (z0, raw))
             new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *right, text.sum(), used.sum()]),
-                       curve=used.new_zeros(2, 16).index_add_(1, (xi * 16).long(), torch.stack([mse(at_xi, z0), used])),
+                       curve=used.new_zeros(2, 16).index_add_(
+                           1, (xi * 16).long().clamp(max=15), torch.stack([mse(at_xi, z0), used])),
                        outer=z.flatten(0, 1).T @ z.flatten(0, 1), raw=torch.stack([raw.sum(0), raw.square().sum(0)]))
             sums = {name: sums.get(name, 0) + x for name, x in new.items()}
         if dist.is_initialized():
@@ -773,8 +782,9 @@ class Sampler:
         inputs, self.n_calls = [seeds, context, seen], self.n_calls + 1
         if see or seeds.device.type != 'cuda' or self.n_calls == 1: return self.tokens(*inputs, see)
         if self.graph is None:
-            self.inputs, self.graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.out = self.tokens(*self.inputs)
+            self.inputs, graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'): self.out = self.tokens(*self.inputs)
+            self.graph = graph
         for old, new in zip(self.inputs, inputs):
             if new is not None: old.copy_(new)
         self.graph.replay()

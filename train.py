@@ -188,7 +188,7 @@ tokens_per_step = global_batch_size * seq_len
 if on_gpu:
     device = f'cuda:{local_rank}'
     torch.cuda.set_device(device)
-    torch.set_num_threads(1)        # the CPU only prepares data: a spinning pool would starve kernel launches
+    if encoder_device != 'cpu': torch.set_num_threads(1)    # it prepares data: a spinning pool would starve launches
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
@@ -501,10 +501,9 @@ while step < max_iters and not time_is_up:
     sums = torch.cat([wishes, sums])
     if world > 1: dist.all_reduce(sums)             # one small message: the wish to stop, loss, stats
     grad_norm = torch.nn.utils.clip_grad_norm_(obj.parameters(), grad_clip or math.inf)
-    grad_norm, interrupted, time_is_up, train_loss, *flat = torch.cat([grad_norm.reshape(1), sums]).tolist()
-    reduced = {}
-    for name, s in stats.items():
-        reduced[name], flat = torch.tensor(flat[:s.numel()]).view_as(s), flat[s.numel():]
+    grad_norm, interrupted, time_is_up, train_loss = torch.cat([grad_norm.reshape(1), sums[:3]]).tolist()
+    reduced, at = {}, 3
+    for name, s in stats.items(): reduced[name], at = sums[at:at + s.numel()].view_as(s), at + s.numel()
     if math.isfinite(grad_norm) and math.isfinite(train_loss):
         for opt in optimizers: opt.step()
         ema.update(step)

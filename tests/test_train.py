@@ -399,6 +399,9 @@ def test_every_config_is_one(monkeypatch, file):
     (dict(val_split='dev'), "has no split 'dev', only train, val"),
     (dict(seq_len=10 ** 6), 'too few for a row of'),
     (dict(sample_score='best'), "score must be one of"),
+    (LATENT | dict(freeze_layers='mlp'), 'freeze_layers is for objectives that train a Transformer'),
+    (LATENT | dict(perceiver_layers=0), 'perceiver_layers and decoder_layers must be at least 1'),
+    (LATENT | dict(latent_dim=-1), 'other sizes at least 0'),
     (dict(max_docs=7), 'was prepared with other settings (max_docs = 0, now 7)'),
 ])
 def test_a_mistake_is_one_line(train, settings, message):
