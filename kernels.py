@@ -972,7 +972,7 @@ def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor, rows: Te
 def modulate_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     h = _fp32(x)
     n = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (n * (1 + _fp32(scale)[:, None]) + shift[:, None]).to(x.dtype)
 
 
 def gated_add_ref(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
@@ -1102,6 +1102,11 @@ HEAD_ARGMAX = dict(ROWS=64, COLS=128, DEPTH=64, num_warps=4, num_stages=4)
 HEAD_ARGMAX_ROWS = 128                                                  # at most, with the kernel
 
 
+def _head_argmax_tiles(itemsize):
+    """fp32 needs twice the shared memory per number: half the depth."""
+    return HEAD_ARGMAX | dict(DEPTH=HEAD_ARGMAX['DEPTH'] * 2 // itemsize)
+
+
 def head_argmax_ref(h: Tensor, weight: Tensor, chunk: int = 1 << 27) -> Tensor:
     return torch.cat([head_logits(rows, weight).argmax(-1) for rows in h.split(max(chunk // len(weight), 1))])
 
@@ -1134,7 +1139,7 @@ def head_argmax(h: Tensor, weight: Tensor) -> Tensor:
     tiles = triton.cdiv(V, HEAD_ARGMAX['COLS'])
     best, place = h.new_empty(N, tiles, dtype=torch.float32), h.new_empty(N, tiles, dtype=torch.int64)
     _head_argmax[(tiles, triton.cdiv(N, HEAD_ARGMAX['ROWS']))](
-        h, weight, best, place, N, V, D, **HEAD_ARGMAX)
+        h, weight, best, place, N, V, D, **_head_argmax_tiles(h.element_size()))
     return place.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
 
 

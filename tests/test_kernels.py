@@ -259,6 +259,8 @@ def test_references():
     x, scale, shift = student.view(1, 5, 8), torch.randn(1, 8, generator=g), torch.randn(1, 8, generator=g)
     want = F.rms_norm(x, (8,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
     torch.testing.assert_close(K.modulate_ref(x, scale, shift), want)
+    low = [t.bfloat16() for t in (x, scale, shift)]                             # rounded once, at the end
+    assert torch.equal(K.modulate_ref(*low), K.modulate_ref(*(t.float() for t in low)).bfloat16())
     torch.testing.assert_close(K.gated_add_ref(x, x, scale), x * (1 + scale[:, None]))
     y, s = K.add_rms_norm_ref(student.bfloat16(), teacher[:5].bfloat16(), w.repeat(2), 1e-6)
     assert torch.equal(s, student.bfloat16() + teacher[:5].bfloat16())
@@ -383,20 +385,23 @@ def test_compiles_without_spills(capability, shared_memory, tmp_path):
 
 
 @pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
-def test_head_argmax_compiles():
-    """Without spills, with matrix units, its weight on the way in asynchronous copies of 16 bytes."""
+@pytest.mark.parametrize('dtype, capability, shared_memory', [
+    ('bf16', 90, 227 << 10), ('bf16', 86, 99 << 10), ('fp32', 90, 227 << 10), ('fp32', 86, 99 << 10)])
+def test_head_argmax_compiles(dtype, capability, shared_memory):
+    """Without spills, bf16 with matrix units, its weight on the way in asynchronous copies of 16 bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    tiles, fn = {k: v for k, v in K.HEAD_ARGMAX.items() if k.isupper()} | dict(D=2048), K._head_argmax
-    kinds = dict(h='*bf16', weight='*bf16', best='*fp32', place='*i64', N='i32', V='i32')
+    how, fn = K._head_argmax_tiles(2 if dtype == 'bf16' else 4), K._head_argmax
+    tiles = {k: v for k, v in how.items() if k.isupper()} | dict(D=2048)
+    kinds = dict(h=f'*{dtype}', weight=f'*{dtype}', best='*fp32', place='*i64', N='i32', V='i32')
     source = ASTSource(fn, kinds | dict.fromkeys(tiles, 'constexpr'), {(fn.arg_names.index(k),): v
                                                                      for k, v in tiles.items()},
                        {(i,): [['tt.divisibility', 16]] for i in (0, 1, 2, 3, 5)})
-    options = {k: v for k, v in K.HEAD_ARGMAX.items() if k.islower()}
-    done = K.triton.compile(source, GPUTarget('cuda', 90, 32), options)
+    options = {k: v for k, v in how.items() if k.islower()}
+    done = K.triton.compile(source, GPUTarget('cuda', capability, 32), options)
     ptx = done.asm['ptx']
-    assert 'cp.async.cg.shared.global' in ptx and ('wgmma' in ptx or 'mma.sync' in ptx)
-    assert 'st.local' not in ptx and done.metadata.shared <= 227 << 10
+    assert 'cp.async.cg.shared.global' in ptx and (dtype == 'fp32' or 'wgmma' in ptx or 'mma.sync' in ptx)
+    assert 'st.local' not in ptx and done.metadata.shared <= shared_memory
 
 
 # -- at full size --------------------------------------------------------------------------------------------
