@@ -82,6 +82,10 @@ def run(arm, seed):
         print(f'{name}: FAILED', *Path(f'{out}.log').read_text().splitlines()[-5:], sep='\n', flush=True)
         raise RuntimeError(name)
     facts = json.loads(result.read_text())
+    if facts['steps'] < facts['config']['max_iters']:                   # fewer tokens than the others; out has the file
+        result.unlink()
+        print(f"{name}: FAILED: {facts['steps']} steps in {minutes} minutes, raise --minutes", flush=True)
+        raise RuntimeError(name)
     for old in out.glob('step-*'): shutil.rmtree(old)                   # its optimizer's state
     print(f"{name}: {facts['validation']['bits_per_byte']:.3f} bits/byte, {facts['steps']} steps, "
           f"{facts['tokens_per_s'] or 0:,.0f} tokens/s, {facts['wall_minutes']:.1f} minutes", flush=True)

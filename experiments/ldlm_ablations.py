@@ -49,9 +49,9 @@ def run(script, **settings):
 def run_arm(arm, seed):
     """-> a row of the result."""
     label, settings = ARMS[arm]
-    folder = f'{out_dir}/{arm}-{seed}'
+    folder = f'{out_dir}/{arm}-{seed}-{max_iters}'      # train.py would go on with a shorter run, its schedule spoilt
     settings = dict(encoder_warmup=round(0.4 * max_iters)) | settings
-    run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, eval_interval=0,
+    run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, max_minutes=0, eval_interval=0,
         save_interval=0, result='', **settings)
     trained = json.loads(Path(folder, 'result.json').read_text())
     row = dict(arm=arm, label=label, seed=seed, settings=settings, validation=trained['validation'], samples={},
@@ -77,9 +77,10 @@ if __name__ == '__main__':
     out_dir = 'out/ldlm_ablations'
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
-    rows = json.loads(Path(result).read_text())['results'] if Path(result).exists() else []
-    if any(row['steps'] != max_iters for row in rows):
-        raise SystemExit(f"{result} has arms of another max_iters: delete it or choose another --result")
+    there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
+    rows, shared = there['results'], ('config_file', 'max_iters', 'scorer', 'n_samples', 'nfe')
+    if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
+        raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
     for arm in arms.split(','):
         for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):

@@ -3,6 +3,8 @@ linear, a sampler that recovers a known Gaussian, sizes of the published tables,
 import json
 import math
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -579,6 +581,32 @@ def test_ablations():
     assert 128 / 2 * math.log2(1 + sigma ** -2) == pytest.approx(39, abs=0.1)
     for _, settings in script['ARMS'].values():
         for key in settings: assert f'\n{key} = ' in train, key
+
+
+def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
+    """Every arm takes the steps that were asked for, in a folder of its own; a result holds one set of settings."""
+    runs, real = [], subprocess.run
+
+    def fake(command, **kw):
+        if command[0] == 'git': return real(command, **kw)
+        words = dict(str(word).removeprefix('--').split('=', 1) for word in command if '=' in str(word))
+        runs.append(words)
+        facts = dict.fromkeys(('validation', 'parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s'), 1)
+        Path(words['out_dir']).mkdir(parents=True)
+        Path(words['out_dir'], 'result.json').write_text(json.dumps(facts))
+    monkeypatch.setattr(subprocess, 'run', fake)
+
+    def ablations(*words):
+        monkeypatch.setattr(sys, 'argv', ['x', f'--out_dir={tmp_path}/out', f'--result={tmp_path}/r.json', *words])
+        runpy.run_path(str(Path(__file__).parent.parent / 'experiments/ldlm_ablations.py'), run_name='__main__')
+    ablations('--arms=A,C', '--max_iters=20')
+    ablations('--arms=D', '--max_iters=20')                                     # A and C are there
+    assert [f"{r['seed']} {r['encoder_warmup']}" for r in runs] == ['1337 8', '1338 8', '1337 0', '1337 8']
+    assert all(r['max_minutes'] == '0' and r['out_dir'].endswith('-20') for r in runs)
+    assert len(json.loads((tmp_path / 'r.json').read_text())['results']) == 4
+    for words, what in ((['--max_iters=30'], 'max_iters 20'), (['--max_iters=20', '--nfe=4'], 'nfe')):
+        with pytest.raises(SystemExit, match=f'other settings .{what}'): ablations('--arms=E', *words)
+    assert len(runs) == 4
 
 
 # ---- encoder and data --------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 import importlib
 import json
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +62,23 @@ def test_the_cost_of_alignment(folder):
     (folder / 'bench_align.json').write_text(json.dumps(dict(results=rows, config=config, hardware='GPU')))
     text = plot.alignment()
     assert '1.40' in text and '140.0k' in text and 'transformers' not in text           # who disagrees has no speed
+
+
+def test_an_arm_that_ran_out_of_time_is_no_result(folder, tmp_path, monkeypatch, capsys):
+    """It saw fewer tokens than the others of its table."""
+    def train(command, **kw):
+        words = dict(str(word).removeprefix('--').split('=', 1) for word in command if '=' in str(word))
+        facts = dict(config=dict(max_iters=240), steps=240 if words['seed'] == '1' else 200, tokens_per_s=1e5,
+                     wall_minutes=3.0, validation=dict(bits_per_byte=2.0))
+        Path(words['result']).write_text(json.dumps(facts))
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, 'run', train)
+    monkeypatch.setattr(sys, 'argv', ['alignment.py', '--arms=plain', '--seeds=1,2', f'--results={folder}',
+                                      f'--out_dir={tmp_path}/out'])
+    with pytest.raises(SystemExit, match="failed.*plain', 2"):
+        runpy.run_path(str(ROOT / 'experiments/alignment.py'), run_name='__main__')
+    assert [f.name for f in folder.iterdir()] == ['alignment_plain_1.json']
+    assert 'FAILED: 200 steps' in capsys.readouterr().out
 
 
 def test_the_arms_are_runs_of_train(monkeypatch):
