@@ -764,11 +764,12 @@ def latent_cost(sampler, B):
     m, once, per_step, flop = sampler.m, 0, 0, 0
     n_steps, L, n_latents = len(sampler.steps), m.cfg.chunk_len, m.cfg.n_latents
     for name, p in m.named_parameters():
-        rows = L if name.startswith(('token', 'head')) or 'kv_proj' not in name and 'decoder' in name else n_latents
-        if name.startswith(('dit_time', 'dit_mod')) or '.adaln.' in name or name.startswith('encoder'): continue
+        if name.startswith(('encoder', 'dit_time', 'dit_mod')) or '.adaln.' in name: continue
         if sampler.start is not None and name.startswith(('decoder.0.self_', 'decoder_queries')): continue
-        steps = n_steps if name.startswith('dit') else 1
-        if steps > 1: per_step += p.nbytes
+        in_dit = name.startswith('dit')
+        of_latents = in_dit or name.startswith('decoder') and ('kv_proj' in name or name.startswith('decoder_in'))
+        rows, steps = n_latents if of_latents else L, n_steps if in_dit else 1          # what p multiplies, how often
+        if in_dit: per_step += p.nbytes
         else: once += p.nbytes
         if p.ndim == 2 and not name.endswith(('_pos', '_queries')): flop += 2 * B * rows * p.numel() * steps
     per_step += sum(x.nbytes for x in tree_leaves(sampler.steps[0]) if torch.is_tensor(x))

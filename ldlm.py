@@ -313,7 +313,7 @@ class LatentModel(nn.Module):
         return sum(p.numel() for n, p in self.named_parameters()
                    if n.startswith(part) and (embedding or not any(table in n for table in tables)))
 
-    def flops_per_token(self, seq_len, scored=1.0):
+    def flops_per_token(self, seq_len):
         """6 per weight and position, and the self-conditioning pass of half the rows; the frozen encoder and the
         attention scores are left out."""
         dit, share = self.n_params(part='dit'), self.cfg.n_latents / seq_len
@@ -464,7 +464,7 @@ class LDLM(Objective):
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
                  adaptive=True, self_cond=True, stats_rows=16, schedule='tangent', feature_loss=True):
         super().__init__(model, None, separator, eos_id)
-        if model.cfg.prefix_len and not encoder.path.startswith('random:') and not getattr(encoder, 'causal', True):
+        if model.cfg.prefix_len and not getattr(encoder, 'causal', True):
             raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
         if schedule not in ('tangent', 'cubic'):
             raise SystemExit(f"schedule must be tangent or cubic, got {schedule!r}")
@@ -578,10 +578,10 @@ class LDLM(Objective):
         ce_loss, ce = K.linear_cross_entropy(states, m.head.weight, ids.flatten(),
                                              (w / ids.shape[1]).float().repeat_interleave(ids.shape[1]))
         loss = (w * (diff + feat * s['feature_loss'])).sum() + ce_loss
-        row = w.count_nonzero()
-        total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), row.to(x)])
+        n_rows = w.count_nonzero()
+        total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), n_rows.to(x)])
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
-        sums = torch.stack([used.sum(0), used.square().sum(0), row.to(used).expand(used.shape[1:])])
+        sums = torch.stack([used.sum(0), used.square().sum(0), n_rows.to(used).expand(used.shape[1:])])
         return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
                           _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
 
@@ -672,14 +672,14 @@ class LDLM(Objective):
         return super().train(mode)
 
     def _prefix(self, texts):
-        """The last prefix_len tokens of the texts, as the denoiser wants them."""
+        """The last prefix_len tokens of the texts, read as in training: behind one more token, none before that."""
         P, device = self.model.cfg.prefix_len, self.model.head.weight.device
         if not P: return {}
-        rows = [[self.separator] * (self.separator is not None) + text for text in texts]
+        rows = [([self.separator] * (self.separator is not None) + text)[-P - 1:] for text in texts]
         T = max(map(len, rows))
         ids = torch.tensor([row + [self.eos_id or 0] * (T - len(row)) for row in rows], device=device)
         at = torch.tensor([len(row) for row in rows], device=device)[:, None] + torch.arange(-P, 0, device=device)
-        seen, F_ = at > 0, self.model.cfg.feature_dim                   # position 0 is the separator: not shown
+        seen, F_ = at > 0, self.model.cfg.feature_dim                   # position 0 is not shown
         if not seen.any(): return dict(context=torch.zeros(len(rows), P, F_, device=device), seen=seen)
         h = self._normed(self.encoder.features(ids))
         return dict(context=h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, F_)), seen=seen)

@@ -535,6 +535,20 @@ def test_prefix_windows():
     assert short.noise['start'].max() <= 2                                      # not behind the end of the text
 
 
+def test_a_long_text_is_read_as_in_training(tmp_path):
+    """A row of training begins one token before its prefix: what lies further back must not reach the sampler either,
+    nor shift the positions."""
+    torch.manual_seed(0)
+    Transformer(ModelConfig(vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=24, n_ff=48, head_dim=12)
+                ).save_pretrained(tmp_path)
+    o, ids = tiny(str(tmp_path), prefix_len=4), torch.randint(1, 64, (13,)).tolist()
+    shown = o._prefix([ids[:9]])
+    row = batch_from_documents([ids[4:13] + [0] * 4])
+    want = o._window(replace(row, noise=dict(start=torch.tensor([4]))))[2]
+    assert shown['seen'].all() and want['seen'].all()
+    torch.testing.assert_close(shown['context'], want['context'])
+
+
 def test_unseen_prefix_does_not_matter():
     o = tiny(prefix_len=4)
     z, mods = torch.randn(2, 8, 32), o.model.modulations(torch.tensor([0.3, 0.6]))
