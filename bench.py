@@ -608,7 +608,7 @@ def kernel_cases(c):
         cosine_alignment=lambda: (
             [rand(N, D)], [rand(N, D).detach(), a, rows, rows], 'bytes', 5 * M * row + N * row, {}),
         modulate=lambda: ([wide(), small(), small()], [], 'bytes', 5 * N * row, {}),
-        gated_add=lambda: ([wide(), wide(), small()], [], 'bytes', 6 * N * row, {}),
+        add_modulate=lambda: ([wide(), wide(), small(), small(), small()], [], 'bytes', 9 * N * row, {}),
         attention=attention)
     return {name: make for name, make in cases.items() if hasattr(K, f'{name}_ref')}
 

@@ -7,7 +7,7 @@
     swiglu        on the fused gate|up
     linear_cross_entropy   the loss at the masked rows, logits never larger than a chunk
     cosine_alignment       student against teacher, at selected rows
-    modulate, gated_add    adaLN of a diffusion transformer
+    modulate      adaLN of a diffusion transformer, with the gated residual add fused in
     unmask        from logits to candidate tokens, for the samplers
 
 A section reads: the mathematics and what is saved; `foo_ref`, plain PyTorch and the specification; the Triton
@@ -960,13 +960,16 @@ def cosine_alignment(student: Tensor, teacher: Tensor, weights: Tensor, rows: Te
 
 
 # ---------------------------------------------------------------------------------------------------------
-# modulate and gated_add: adaLN (DiT 2212.09748) with RMSNorm, per batch row b
+# modulate: adaLN (DiT 2212.09748) with RMSNorm, per batch row b, after the gated sum of the branch before it
 #
-#     y = n (1 + scale_b) + shift_b,  n = x / sqrt(mean(x^2) + eps)          z = x + gate_b h
-#     dx = rstd (dn - n mean(dn n)),  dn = dy (1 + scale_b)                  dx = dz,  dh = gate_b dz
-#     dscale_b = sum_t dy n,  dshift_b = sum_t dy                            dgate_b = sum_t dz h
+#     s = x + gate_b h (or x),   n = s / sqrt(mean(s^2) + eps),   y = n (1 + scale_b) + shift_b
 #
-# Saved: x and rstd; h. The sums over t are partial sums of programs, added up afterwards: deterministic.
+# Saved: s, rstd = 1 / sqrt(...), and h. With dn = dy (1 + scale_b) and ds, the gradient from where s goes on:
+#
+#     dx = ds + rstd (dn - n mean(dn n)),   dh = gate_b dx,   dgate_b = sum_t dx h
+#     dscale_b = sum_t dy n,   dshift_b = sum_t dy
+#
+# The sums over t are partial sums of programs, added up afterwards: deterministic.
 
 
 def modulate_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -975,15 +978,22 @@ def modulate_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> 
     return (n * (1 + _fp32(scale)[:, None]) + shift[:, None]).to(x.dtype)
 
 
-def gated_add_ref(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    return (x + gate[:, None] * h).to(x.dtype)
+def add_modulate_ref(x, h, gate, scale, shift, eps=1e-6):
+    s = (_fp32(x) + gate[:, None] * _fp32(h)).to(x.dtype)
+    return modulate_ref(s, scale, shift, eps), s
 
 
 @triton.jit
-def _modulate_fwd(x, scale, shift, y, rstd, T, eps: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _modulate_fwd(x, h, gate, scale, shift, y, s, rstd, T, eps: tl.constexpr, ADD: tl.constexpr,
+                  D: tl.constexpr, BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at, per_batch = cols < D, row * D + cols, row // T * D + cols
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        g = tl.load(gate + per_batch, inside, 0.0).to(tl.float32)
+        v += g * tl.load(h + at, inside, 0.0).to(tl.float32)
+        v = v.to(s.dtype.element_ty).to(tl.float32)
+        tl.store(s + at, v, inside)
     r = 1 / tl.sqrt(tl.sum(v * v) / D + eps)
     tl.store(rstd + row, r)
     up = 1 + tl.load(scale + per_batch, inside, 0.0).to(tl.float32)
@@ -991,105 +1001,96 @@ def _modulate_fwd(x, scale, shift, y, rstd, T, eps: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def _modulate_bwd(dy, x, scale, rstd, dx, dscale, dshift, T, D: tl.constexpr, BLOCK: tl.constexpr):
+def _modulate_bwd(dy, ds, s, h, gate, scale, rstd, dx, dh, dgate, dscale, dshift, T, ADD: tl.constexpr,
+                  D: tl.constexpr, BLOCK: tl.constexpr):
     first, b, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     inside, part = cols < D, (b * tl.num_programs(0) + first) * D + cols
     up = 1 + tl.load(scale + b * D + cols, inside, 0.0).to(tl.float32)
     scale_sum, shift_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if ADD:
+        gate_b, gate_sum = tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
     for t in range(first, T, tl.num_programs(0)):
         at = (b * T + t) * D + cols
         g, r = tl.load(dy + at, inside, 0.0).to(tl.float32), tl.load(rstd + b * T + t)
-        n = tl.load(x + at, inside, 0.0).to(tl.float32) * r
+        n = tl.load(s + at, inside, 0.0).to(tl.float32) * r
         dn = g * up
-        tl.store(dx + at, (dn - n * (tl.sum(dn * n) / D)) * r, inside)
+        d = (dn - n * (tl.sum(dn * n) / D)) * r
+        if ADD:
+            d += tl.load(ds + at, inside, 0.0).to(tl.float32)
+            tl.store(dh + at, d * gate_b, inside)
+            gate_sum += d * tl.load(h + at, inside, 0.0).to(tl.float32)
+        tl.store(dx + at, d, inside)
         scale_sum += g * n
         shift_sum += g
     tl.store(dscale + part, scale_sum, inside)
     tl.store(dshift + part, shift_sum, inside)
+    if ADD: tl.store(dgate + part, gate_sum, inside)
 
 
-@triton.jit
-def _gated_add_fwd(x, h, gate, z, T, D: tl.constexpr, BLOCK: tl.constexpr):
-    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, at = cols < D, row * D + cols
-    g = tl.load(gate + row // T * D + cols, inside, 0.0).to(tl.float32)
-    v = tl.load(x + at, inside, 0.0).to(tl.float32) + g * tl.load(h + at, inside, 0.0).to(tl.float32)
-    tl.store(z + at, v, inside)
-
-
-@triton.jit
-def _gated_add_bwd(dz, h, gate, dh, dgate, T, D: tl.constexpr, BLOCK: tl.constexpr):
-    first, b, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
-    inside, total = cols < D, tl.zeros((BLOCK,), tl.float32)
-    gate_b = tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32)
-    for t in range(first, T, tl.num_programs(0)):
-        at = (b * T + t) * D + cols
-        g = tl.load(dz + at, inside, 0.0).to(tl.float32)
-        tl.store(dh + at, g * gate_b, inside)
-        total += g * tl.load(h + at, inside, 0.0).to(tl.float32)
-    tl.store(dgate + (b * tl.num_programs(0) + first) * D + cols, total, inside)
-
-
-@_op(lambda x, scale, shift, eps: (torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)))
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@_op(lambda x, h, gate, scale, shift, eps: (
+    torch.empty_like(x), x.new_empty(0) if h is None else torch.empty_like(x),
+    x.new_empty(x.shape[:2], dtype=torch.float32)))
+def _modulate(x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor,
+              eps: float) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, D), y, rstd = x.shape, torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
-    if B * T: _modulate_fwd[(B * T,)](x, scale, shift, y, rstd, T, eps, **_row_block(D))
-    return y, rstd
+    s = x.new_empty(0) if h is None else torch.empty_like(x)
+    if B * T: _modulate_fwd[(B * T,)](x, h, gate, scale, shift, y, s, rstd, T, eps, h is not None, **_row_block(D))
+    return y, s, rstd
 
 
-def _partial_sums(x):
-    """fp32 (B, programs per batch row, D)."""
-    return x.new_empty(len(x), min(x.shape[1], max(PROGRAMS // max(len(x), 1), 1)), x.shape[2], dtype=torch.float32)
+@_op(lambda dy, ds, s, h, gate, scale, rstd: (
+    torch.empty_like(s), *(s.new_empty(0) if x is None else torch.empty_like(x) for x in (h, gate)),
+    torch.empty_like(scale), torch.empty_like(scale)))
+def _modulate_grad(dy: Tensor, ds: Tensor | None, s: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor,
+                   rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, D), add = s.shape, h is not None
+    dx, dh = torch.empty_like(s), torch.empty_like(s) if add else s.new_empty(0)
+    programs = min(T, max(PROGRAMS // max(B, 1), 1))
+    sums = [s.new_empty(B, programs * wanted, D, dtype=torch.float32) for wanted in (add, True, True)]
+    if B * T: _modulate_bwd[(programs, B)](dy, ds, s, h, gate, scale, rstd, dx, dh, *sums, T, add, **_row_block(D))
+    dgate, dscale, dshift = (x.sum(1).to(scale.dtype) for x in sums)
+    return dx, dh, dgate if add else s.new_empty(0), dscale, dshift
 
 
-@_op(lambda dy, x, scale, rstd: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)))
-def _modulate_grad(dy: Tensor, x: Tensor, scale: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, D), dx, dscale, dshift = x.shape, torch.empty_like(x), _partial_sums(x), _partial_sums(x)
-    if B * T: _modulate_bwd[(dscale.shape[1], B)](dy, x, scale, rstd, dx, dscale, dshift, T, **_row_block(D))
-    return dx, dscale.sum(1).to(scale.dtype), dshift.sum(1).to(scale.dtype)
+def _modulate_save(ctx, inputs, output):
+    x, h, gate, scale, _, _ = inputs
+    ctx.fused = h is not None
+    ctx.save_for_backward(output[1] if ctx.fused else x, h, gate, scale, output[2])
 
 
-@_op(lambda x, h, gate: torch.empty_like(x))
-def _gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    (B, T, D), z = x.shape, torch.empty_like(x)
-    if B * T: _gated_add_fwd[(B * T,)](x, h, gate, z, T, **_row_block(D))
-    return z
+def _modulate_backward(ctx, dy, ds, _):
+    dx, dh, dgate, dscale, dshift = _modulate_grad(dy.contiguous(), ds.contiguous() if ctx.fused else None,
+                                                   *ctx.saved_tensors)
+    return dx, dh if ctx.fused else None, dgate if ctx.fused else None, dscale, dshift, None
 
 
-@_op(lambda dz, h, gate: (torch.empty_like(h), torch.empty_like(gate)))
-def _gated_add_grad(dz: Tensor, h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    (B, T, D), dh, dgate = h.shape, torch.empty_like(h), _partial_sums(h)
-    if B * T: _gated_add_bwd[(dgate.shape[1], B)](dz, h, gate, dh, dgate, T, **_row_block(D))
-    return dh, dgate.sum(1).to(gate.dtype)
+_modulate.register_autograd(_modulate_backward, setup_context=_modulate_save)
 
 
-_modulate.register_autograd(
-    lambda ctx, dy, _: (*_modulate_grad(dy.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[1], output[1]))
-_gated_add.register_autograd(
-    lambda ctx, dz: (dz, *_gated_add_grad(dz.contiguous(), *ctx.saved_tensors)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[2]))
+def _modulate_rows(x, h, gate, scale, shift, eps):
+    """-> y, s in x's shape; with one modulation for all, the batch is one long row."""
+    B, _, D = x.shape
+    assert scale.shape == shift.shape and scale.shape in ((B, D), (1, D)), f"{x.shape=} {scale.shape=} {shift.shape=}"
+    assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
+    rows = [None if t is None else t.reshape(len(scale), -1, D).contiguous() for t in (x, h)]
+    y, s, _ = _modulate(*rows, None if gate is None else gate.contiguous(), scale.contiguous(), shift.contiguous(), eps)
+    return y.view(x.shape), s if h is None else s.view(x.shape)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """x (B, T, D), scale and shift (B, D) of one dtype, or (1, D) for all -> rms(x) (1 + scale) + shift (B, T, D) in
     x's dtype."""
-    B, _, D = x.shape
-    assert scale.shape == shift.shape and scale.shape in ((B, D), (1, D)), f"{x.shape=} {scale.shape=} {shift.shape=}"
-    assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
     if not use_triton(x): return modulate_ref(x, scale, shift, eps)
-    rows = x.reshape(len(scale), -1, D).contiguous()
-    return _modulate(rows, scale.contiguous(), shift.contiguous(), eps)[0].view(x.shape)
+    return _modulate_rows(x, None, None, scale, shift, eps)[0]
 
 
-def gated_add(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """x and h (B, T, D) of one dtype, gate (B, D), or (1, D) for all -> x + gate h (B, T, D)."""
-    B, _, D = x.shape
+def add_modulate(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor,
+                 eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """s = x + gate h: (modulate(s, scale, shift), s). x and h (B, T, D) of one dtype; gate, scale, shift alike."""
     assert (h.shape, h.dtype) == (x.shape, x.dtype), f"{x.shape=} {h.shape=} {x.dtype=} {h.dtype=}"
-    assert gate.shape in ((B, D), (1, D)), f"{x.shape=} {gate.shape=}"
-    if not use_triton(x): return gated_add_ref(x, h, gate)
-    rows = (t.reshape(len(gate), -1, D).contiguous() for t in (x, h))
-    return _gated_add(*rows, gate.contiguous()).view(x.shape)
+    assert (gate.shape, gate.dtype) == (scale.shape, scale.dtype), f"{gate.shape=} {scale.shape=} {gate.dtype=}"
+    if not use_triton(x): return add_modulate_ref(x, h, gate, scale, shift, eps)
+    return _modulate_rows(x, h, gate, scale, shift, eps)
 
 
 # ---------------------------------------------------------------------------------------------------------

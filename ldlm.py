@@ -211,6 +211,11 @@ def add_norm(norm, x, delta):
     return (norm(x), x) if delta is None else norm(delta, x)
 
 
+def add_modulate(x, delta, scale, shift):
+    """The same for adaLN; delta: a branch and its gate."""
+    return (K.modulate(x, scale, shift), x) if delta is None else K.add_modulate(x, *delta, scale, shift)
+
+
 class PerceiverBlock(nn.Module):
     """The residual stream is x + delta, as in model.Block: every sum is left to the norm that follows it."""
 
@@ -241,14 +246,16 @@ class DiTBlock(nn.Module):
         self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
 
     def forward(self, x, delta, mod, rot, context=None, context_rot=None, mask=None):
-        """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None."""
+        """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None. delta with them: what is
+        to be added, and its gate."""
         if mod is None:
             y, x = add_norm(self.attn_norm, x, delta)
             y, x = self.mlp_norm(self.attn(y, rot, context, context_rot, mask), x)
             return x, self.mlp(y)
         scale1, shift1, gate1, scale2, shift2, gate2 = mod
-        x = K.gated_add(x, self.attn(K.modulate(x, scale1, shift1), rot, context, context_rot, mask), gate1)
-        return K.gated_add(x, self.mlp(K.modulate(x, scale2, shift2)), gate2), None
+        y, x = add_modulate(x, delta, scale1, shift1)
+        y, x = K.add_modulate(x, self.attn(y, rot, context, context_rot, mask), gate1, scale2, shift2)
+        return x, (self.mlp(y), gate2)
 
 
 class LatentModel(nn.Module):
@@ -427,7 +434,7 @@ class LatentModel(nn.Module):
         delta = None
         for block, mod, other in zip(self.dit, per_block, contexts):
             x, delta = self._run([block], x, delta, mod, rot, other, self._rot('prefix', B) if P else None, mask)
-        x = K.modulate(x, *last) if self.cfg.dit_adaln else add_norm(self.dit_norm, x, delta)[0]
+        x, _ = add_modulate(x, delta, *last) if self.cfg.dit_adaln else add_norm(self.dit_norm, x, delta)
         return self.dit_out(x).float()
 
     # -- files

@@ -88,7 +88,7 @@ def memory_bound():
     compare('swiglu', K.swiglu, K.swiglu_ref, (randn(B, T, 2 * FF),), 3 * size, 5 * size)
     scale, shift, gate = (randn(B, D) for _ in range(3))
     compare('modulate', K.modulate, K.modulate_ref, (x, scale, shift), 2 * row, 3 * row)
-    compare('gated_add', K.gated_add, K.gated_add_ref, (x, r, gate), 3 * row, 3 * row)
+    compare('add_modulate', K.add_modulate, K.add_modulate_ref, (x, r, gate, scale, shift), 4 * row, 5 * row)
     n = tokens // 2
     rows, w = torch.randperm(tokens, device='cuda')[:n], torch.full((n,), 1 / n, device='cuda')
     compare('cosine_alignment', lambda s, t: K.cosine_alignment(s, t, w, rows, rows),

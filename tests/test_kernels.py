@@ -144,16 +144,16 @@ def test_swiglu(shape, dtype, small):
 
 @kernel
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_modulate_and_gated_add(dtype, small):
+def test_modulate(dtype, small):
     B, T, D = 2, 5, 70
     x, h = (randn(B, T, D, seed=i, dtype=dtype) for i in (0, 1))
     scale, shift, gate = randn(B, 3 * D, seed=2, dtype=dtype, grad=False).chunk(3, -1)          # strided, as in a DiT
     scale, shift, gate = (t.detach().requires_grad_() for t in (scale, shift, gate))
     check(K.modulate, K.modulate_ref, x, scale, shift)
-    check(K.gated_add, K.gated_add_ref, x, h, gate)
-    check(K.gated_add, K.gated_add_ref, x, h, gate.detach().float().requires_grad_())
-    check(K.modulate, K.modulate_ref, x, *(t.detach()[:1].requires_grad_() for t in (scale, shift)))    # one for all
-    check(K.gated_add, K.gated_add_ref, x, h, gate.detach()[:1].requires_grad_())
+    check(K.add_modulate, K.add_modulate_ref, x, h, gate, scale, shift)
+    one = [t.detach()[:1].requires_grad_() for t in (gate, scale, shift)]                       # for all
+    check(K.modulate, K.modulate_ref, x, *one[1:])
+    check(K.add_modulate, K.add_modulate_ref, x, h, *one)
 
 
 @kernel
@@ -261,7 +261,9 @@ def test_references():
     torch.testing.assert_close(K.modulate_ref(x, scale, shift), want)
     low = [t.bfloat16() for t in (x, scale, shift)]                             # rounded once, at the end
     assert torch.equal(K.modulate_ref(*low), K.modulate_ref(*(t.float() for t in low)).bfloat16())
-    torch.testing.assert_close(K.gated_add_ref(x, x, scale), x * (1 + scale[:, None]))
+    y, s = K.add_modulate_ref(x, x, shift, scale, shift)
+    torch.testing.assert_close(s, x * (1 + shift[:, None]))
+    assert torch.equal(y, K.modulate_ref(s, scale, shift))
     y, s = K.add_rms_norm_ref(student.bfloat16(), teacher[:5].bfloat16(), w.repeat(2), 1e-6)
     assert torch.equal(s, student.bfloat16() + teacher[:5].bfloat16())
     assert torch.equal(y, w.repeat(2).bfloat16() * F.rms_norm(s.float(), (8,), eps=1e-6).bfloat16())
@@ -353,7 +355,10 @@ SHAPES = [                                                                      
     ('_ce_rows', dict(HAS_B=False, b=None, GRAD=True) | K.CE_ROWS),
     ('_ce_rows', dict(HAS_B=False, b=None, GRAD=False) | K.CE_ROWS),
     ('_cosine_fwd', dict(eps=1e-6) | ROW), ('_cosine_bwd', dict(eps=1e-6) | ROW),
-    ('_modulate_fwd', dict(eps=1e-6) | ROW), ('_modulate_bwd', ROW), ('_gated_add_fwd', ROW), ('_gated_add_bwd', ROW)]
+    ('_modulate_fwd', dict(eps=1e-6, ADD=True) | ROW), ('_modulate_bwd', dict(ADD=True) | ROW),
+    ('_modulate_bwd', dict(ADD=True) | WIDE),
+    ('_modulate_fwd', dict(eps=1e-6, ADD=False, h=None, gate=None) | ROW),
+    ('_modulate_bwd', dict(ADD=False, ds=None, h=None, gate=None) | ROW)]
 TYPES = {'*fp32': 'weight rstd cos sin q_weight k_weight dw a b ce w saved loss weights g dscale dshift dgate',
          '*i64': 'targets rows teacher_rows', 'i32': 'n_rows n_tokens skip_col T n V'}         # others: *bf16
 TYPES = {arg: kind for kind, args in TYPES.items() for arg in args.split()}
@@ -442,7 +447,8 @@ def test_full_width_and_the_same_bits_twice():
              (lambda *t: K.rope_qkv(*t[:3], 14, 2, *t[3:]), lambda *t: K.rope_qkv_ref(*t[:3], 14, 2, *t[3:]),
               (qkv, cos, sin, *norms)),
              (K.swiglu, K.swiglu_ref, (randn(B, T, 2 * 4864, dtype=torch.bfloat16),)),
-             (K.modulate, K.modulate_ref, (x, scale, shift)), (K.gated_add, K.gated_add_ref, (x, r, gate)),
+             (K.modulate, K.modulate_ref, (x, scale, shift)),
+             (K.add_modulate, K.add_modulate_ref, (x, r, gate, scale, shift)),
              (lambda *t: K.cosine_alignment(*t, torch.ones(2000, device=DEVICE, dtype=torch.float32), rows, rows),
               lambda *t: K.cosine_alignment_ref(*t, 1.0, rows, rows), (x.flatten(0, 1), r.detach().flatten(0, 1))),
              (lambda *t: K.linear_cross_entropy(*t, y, a, chunk=200)[0],
