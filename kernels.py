@@ -1005,19 +1005,17 @@ def _modulate_bwd(dy, ds, s, h, gate, scale, rstd, dx, dh, dgate, dscale, dshift
                   D: tl.constexpr, BLOCK: tl.constexpr):
     first, b, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     inside, part = cols < D, (b * tl.num_programs(0) + first) * D + cols
-    up = 1 + tl.load(scale + b * D + cols, inside, 0.0).to(tl.float32)
     scale_sum, shift_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    if ADD:
-        gate_b, gate_sum = tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if ADD: gate_sum = tl.zeros((BLOCK,), tl.float32)
     for t in range(first, T, tl.num_programs(0)):
         at = (b * T + t) * D + cols
         g, r = tl.load(dy + at, inside, 0.0).to(tl.float32), tl.load(rstd + b * T + t)
         n = tl.load(s + at, inside, 0.0).to(tl.float32) * r
-        dn = g * up
+        dn = g * (1 + tl.load(scale + b * D + cols, inside, 0.0).to(tl.float32))    # not kept: registers are scarce
         d = (dn - n * (tl.sum(dn * n) / D)) * r
         if ADD:
             d += tl.load(ds + at, inside, 0.0).to(tl.float32)
-            tl.store(dh + at, d * gate_b, inside)
+            tl.store(dh + at, d * tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32), inside)
             gate_sum += d * tl.load(h + at, inside, 0.0).to(tl.float32)
         tl.store(dx + at, d, inside)
         scale_sum += g * n
