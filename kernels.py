@@ -1008,18 +1008,18 @@ def _modulate_bwd(dy, ds, s, h, gate, scale, rstd, dx, dh, dgate, dscale, dshift
     scale_sum, shift_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     if ADD: gate_sum = tl.zeros((BLOCK,), tl.float32)
     for t in range(first, T, tl.num_programs(0)):
-        at = (b * T + t) * D + cols
-        g, r = tl.load(dy + at, inside, 0.0).to(tl.float32), tl.load(rstd + b * T + t)
-        n = tl.load(s + at, inside, 0.0).to(tl.float32) * r
+        at = (b * T + t) * D                        # one number; vectors cost registers
+        g, r = tl.load(dy + at + cols, inside, 0.0).to(tl.float32), tl.load(rstd + b * T + t)
+        n = tl.load(s + at + cols, inside, 0.0).to(tl.float32) * r
+        scale_sum += g * n
+        shift_sum += g
         dn = g * (1 + tl.load(scale + b * D + cols, inside, 0.0).to(tl.float32))    # not kept: registers are scarce
         d = (dn - n * (tl.sum(dn * n) / D)) * r
         if ADD:
-            d += tl.load(ds + at, inside, 0.0).to(tl.float32)
-            tl.store(dh + at, d * tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32), inside)
-            gate_sum += d * tl.load(h + at, inside, 0.0).to(tl.float32)
-        tl.store(dx + at, d, inside)
-        scale_sum += g * n
-        shift_sum += g
+            d += tl.load(ds + at + cols, inside, 0.0).to(tl.float32)
+            tl.store(dh + at + cols, d * tl.load(gate + b * D + cols, inside, 0.0).to(tl.float32), inside)
+            gate_sum += d * tl.load(h + at + cols, inside, 0.0).to(tl.float32)
+        tl.store(dx + at + cols, d, inside)
     tl.store(dscale + part, scale_sum, inside)
     tl.store(dshift + part, shift_sum, inside)
     if ADD: tl.store(dgate + part, gate_sum, inside)
