@@ -166,7 +166,7 @@ def kernel_speed():
     return table(*rows)
 
 
-# Arms of experiments/alignment.py: label, and the arm whose lowest validation loss is the goal.
+# Arms of experiments/alignment.py: label, and the arm whose final validation loss is the goal.
 ARMS = dict(
     plain=('masked diffusion, no alignment (a)', 'plain'),
     align=('alignment, weight 10 (b)', 'plain'),
@@ -217,9 +217,9 @@ def reached(curve, xs, goal):
 
 
 def race(found, arm, goal):
-    """[steps, minutes] to the lowest loss of the arm `goal`, and how many times fewer they are than its own."""
+    """[steps, minutes] to the final loss of the arm `goal`, and how many times fewer they are than its own."""
     if goal not in found: return ['', '']
-    cells, target, f, g = [], min(found[goal]['bits']), found[arm], found[goal]
+    cells, target, f, g = [], found[goal]['bits'][-1], found[arm], found[goal]
     for x, form in (('steps', '.0f'), ('minutes', '.2f')):
         at, its = reached(f['bits'], f[x], target), reached(g['bits'], g[x], target)
         cells.append(f'> {f[x][-1]:{form}}' if at is None else f'{at:{form}} ({its / max(at, 1e-9):.1f}x)')
@@ -230,7 +230,8 @@ def alignment():
     found, blocks = arms(), []
     if 'plain' in found:
         rows = [('bits per byte, networkx', 'at the end', 'lowest on the way', 'tokens', 'tokens/s', 'peak memory',
-                 'steps to the goal: (a), or the group\'s first', 'minutes', 'steps to (d)', 'minutes')]
+                 'steps to the final loss of (a), or of the group\'s first', 'minutes', 'steps to that of (d)',
+                 'minutes')]
         for arm, f in found.items():
             if arm == 'own_ar': continue
             label, goal = ARMS[arm]

@@ -3,6 +3,7 @@
 # Its count needs 4 plain DiT layers, without adaLN; its 8 heads would be 640 wide: we take heads of 128 [S].
 # The encoder itself is not there yet: random features of its width stand in. Then: encoder = 'Qwen/Qwen3.6-27B'
 # Two GPUs: --encoder_device=cuda:1; one GPU and a large host memory: --encoder_device=cpu
+# In fp32 with AdamW the trainables take 16 bytes each, 108 GB: a GPU of 141 GB or more.
 objective = 'ldlm'
 out_dir = 'out/ldlm_qwen3_6_27b'
 encoder = 'random:5120:248320'

@@ -821,3 +821,13 @@ def test_the_true_prefix_helps():
     assert true < 0.7 * other and true < 0.8 * none, (true, none, other)
     out, _ = o.sample([[7] * 4, [23] * 4], 6, n_steps=16)
     assert sum(a == b for row, b in zip(out, (7, 23)) for a in row[4:]) >= 8, out
+
+
+def test_first_steps_sees_what_stands_still():
+    moved = runpy.run_path(str(Path(__file__).parent.parent / 'experiments/first_steps.py'))['moved']
+    names = 'dit.0.x', 'encoder.x', 'decoder.x', 'token_decoder.x', 'token_decoder.y', 'head.x'
+    before = {n: torch.ones(2) for n in names}
+    after = {n: x if n == 'token_decoder.y' else x * 1.5 for n, x in before.items()}
+    found = moved(before, after)
+    assert found['head'] == dict(change=0.5, tensors=1, still=0)
+    assert found['token_decoder']['still'] == 1 and found['decoder'] == dict(change=0.5, tensors=1, still=0)
