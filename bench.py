@@ -49,7 +49,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._pytree import tree_leaves
 
 import kernels as K
-from checkpoint import provenance, write_json
+from checkpoint import find, provenance, write_json
 from data import Batch
 from encoder import Encoder
 from ldlm import LDLM, LatentConfig, LatentModel, Sampler, row_noise
@@ -729,7 +729,7 @@ def latent_objective(c, path, tokens, adaln):
     """The LDLM of a config file with `tokens` per chunk, a latent each; random weights on the device, matrices in bf16
     on a GPU. What starts at zero is drawn, too: with zeros in its way a weight could not matter."""
     settings = runpy.run_path(path)
-    encoder = Encoder(settings['encoder']).load()
+    encoder = Encoder(find(settings['encoder']) or settings['encoder'], settings.get('encoder_layer', -3)).load()
     known = {f.name for f in dataclasses.fields(LatentConfig)} & settings.keys()
     cfg = LatentConfig(**{k: settings[k] for k in known} | dict(
         vocab_size=encoder.vocab_size, feature_dim=encoder.width, max_seq_len=1 + tokens, n_latents=tokens,
@@ -742,7 +742,7 @@ def latent_objective(c, path, tokens, adaln):
         model.init_weights()
         for p in model.parameters():
             if not p.any(): p.normal_(std=0.02)
-    return LDLM(encoder, model, sigma_dec=settings['sigma_dec'], tangent_d=settings['tangent_d']).eval()
+    return LDLM(encoder, model, **{k: settings[k] for k in ('sigma_dec', 'tangent_d') if k in settings}).eval()
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ar import AR
@@ -63,6 +63,14 @@ def load_teacher(path: str, tokenizer) -> Transformer:
     return teacher.model
 
 
+@contextlib.contextmanager
+def reading(path):
+    """What is missing or cut off inside a checkpoint ends in one line."""
+    try: yield
+    except (OSError, SafetensorError, json.JSONDecodeError) as e:
+        raise SystemExit(f"{path} is incomplete or damaged: {e}") from None
+
+
 def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=torch.float32, encoder_device='',
                     encoder_cache='', **training):
     """-> objective (eval mode, on the CPU), tokenizer. path: a run's out_dir (its best checkpoint), one
@@ -73,6 +81,10 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=tor
     encoder_device: where the frozen encoder of ldlm works, '' = with the rest; encoder_cache: folder for its features.
     training: settings that only training needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
+    with reading(path): return _load(path, objective, shift, mask_id, dtype, encoder_device, encoder_cache, training)
+
+
+def _load(path, objective, shift, mask_id, dtype, encoder_device, encoder_cache, training):
     where = path if gguf_path(path) else resolve(path)
     dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
     tokenizer = load_tokenizer(str(where))

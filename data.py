@@ -408,11 +408,11 @@ def _is_complete(out: Path, settings: dict) -> bool:
     there = json.loads((out / "meta.json").read_text(encoding="utf-8"))["settings"]
     if "files" not in settings:                    # the source may be gone once it is prepared
         there.pop("files", None)
-    differ = [f"{k} = {there.get(k)!r}, now {settings.get(k)!r}" for k in sorted({*there, *settings})
-              if there.get(k) != settings.get(k)]
+    differ = ["the files have changed" if k == "files" else f"{k} = {there.get(k)!r}, now {settings.get(k)!r}"
+              for k in sorted({*there, *settings}) if there.get(k) != settings.get(k)]
     if differ:
         raise SystemExit(f"{out} was prepared with other settings ({'; '.join(differ)}): delete it or choose "
-                         "another out_dir")
+                         "another directory")
     return True
 
 
@@ -658,9 +658,9 @@ class Corpus:
                              "model's tokenizer (data.py --tokenizer=...)")
         if seq_len < 2:
             raise SystemExit(f"seq_len must be at least 2, a token of context and a target; got {seq_len}")
-        if info["tokens"] < seq_len:
+        if split == "train" and info["tokens"] < seq_len:      # of a shorter validation split, one row is padded
             raise SystemExit(f"{path}: the {split} split has {info['tokens']} tokens, too few for a row of "
-                             f"seq_len={seq_len}: lower it or prepare more data (val: --val_fraction)")
+                             f"seq_len={seq_len}: lower it or prepare more data")
         self.n_bytes = info["bytes"]
         self.tokens = np.memmap(self.path / f"{split}.bin", self.meta["dtype"], "r")
         flags = self.path / f"{split}.tgt.bin"

@@ -22,8 +22,9 @@ class FeatureCache:
         self.shape, self.size, self.where = shape, 2 * math.prod(shape), {}
         folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
         for keys in folder.glob('*.keys'):
-            raw = keys.read_bytes()
-            self.where |= {raw[i:i + 16]: (keys.with_suffix('.rows'), i // 16) for i in range(0, len(raw) - 15, 16)}
+            raw, rows = keys.read_bytes(), keys.with_suffix('.rows')
+            complete = min(len(raw) // 16, rows.stat().st_size // self.size) if rows.exists() else 0
+            self.where |= {raw[i:i + 16]: (rows, i // 16) for i in range(0, 16 * complete, 16)}
         name = folder / f'{time.time_ns()}-{os.getpid()}'
         self.rows, self.keys = open(f'{name}.rows', 'ab'), open(f'{name}.keys', 'ab')
 
@@ -57,7 +58,8 @@ class Encoder:
 
     def load(self):
         if self.model is not None: return self
-        self.model = self._open()
+        try: self.model = self._open()
+        except SystemExit as e: raise SystemExit(f"the encoder: {e}") from None
         self.model.eval().requires_grad_(False)
         digest = hashlib.sha256()
         for p in self.model.parameters():                                       # a sample of every tensor, in bf16

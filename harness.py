@@ -51,8 +51,10 @@ def evaluate(obj, tok, tasks, *, draws=8, seed=0, batch_size=16, limit=0, n_shot
     if unknown: raise SystemExit(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
     lm = Adapter(obj, tok, draws, seed, batch_size, greedy, seq_len, sampler)
     os.environ.setdefault('DISABLE_MULTIPROC', '1')             # no fork of a process that holds a GPU
-    out = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, log_samples=False,
-                          limit=limit or None, num_fewshot=n_shot if n_shot >= 0 else None, bootstrap_iters=1000)
+    try:
+        out = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, log_samples=False,
+                              limit=limit or None, num_fewshot=n_shot if n_shot >= 0 else None, bootstrap_iters=1000)
+    except ConnectionError as e: raise SystemExit(f"lm_eval cannot load the data of these tasks: {e}") from None
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples', 'higher_is_better')
     found = {k: out[k] for k in kept if k in out} if out else {}                # None but on the first process
     return plain(found) | dict(

@@ -347,9 +347,13 @@ def numbers(result):
     return out
 
 
-def eval_result(file):
-    try: result = json.loads(Path(file).read_text())
+def read(file):
+    try: return json.loads(Path(file).read_text())
     except (OSError, ValueError) as e: raise SystemExit(f"{file}: {e}") from None
+
+
+def eval_result(file):
+    result = read(file)
     if not isinstance(result, dict) or not {'model', 'results', 'config'} <= result.keys():
         raise SystemExit(f"{file} is not a result of eval.py")
     return result
@@ -396,7 +400,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
             ax.set_xticks(range(1, 1 + max(max(xs) for xs, _ in lines.values())))
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
-        if len(lines) > 1 and ax is axes[0, -1]: ax.legend(frameon=False, fontsize=8)
+        if ax is axes[0, -1]: ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(out)
     print(f"wrote {out}")
@@ -452,12 +456,14 @@ def pareto(files, out):
 
 
 def training_curves(files, metric, x):
-    """{file's name: (xs, ys)} from train.py's results: lines of metrics.jsonl that have both keys."""
+    """{file's name, of out/x/result.json x: (xs, ys)} from train.py's results: lines of metrics.jsonl that have both
+    keys."""
     lines = {}
     for file in files:
-        points = [p for p in json.loads(Path(file).read_text()).get('curve', []) if metric in p and x in p]
+        points = [p for p in read(file).get('curve', []) if metric in p and x in p]
         if not points: raise SystemExit(f"{file} has no curve of {metric!r} over {x!r}")
-        lines[Path(file).stem] = [p[x] for p in points], [p[metric] for p in points]
+        label = Path(file).parent.name if Path(file).stem == 'result' else Path(file).stem
+        lines[label] = [p[x] for p in points], [p[metric] for p in points]
     return lines
 
 

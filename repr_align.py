@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels import cosine_alignment, document_ranges
@@ -137,6 +138,6 @@ class ReprAlign(MDM):
         self.cache.mkdir(parents=True, exist_ok=True)
         names = [hashlib.sha256(torch.stack(row).numpy()).hexdigest()[:32] for row in zip(frozen['ids'], doc)]
         files = [self.cache / f'{name}.safetensors' for name in names]
-        if not all(f.exists() for f in files): return dict(files=[str(f) for f in files])
-        h = torch.stack([load_file(f)['states'] for f in files], 1).flatten(1, 2)               # (layers, B n, D)
+        try: h = torch.stack([load_file(f)['states'] for f in files], 1).flatten(1, 2)          # (layers, B n, D)
+        except (OSError, SafetensorError): return dict(files=[str(f) for f in files])           # not there, or cut off
         return dict(states={i: h[self.layers.index(i)][frozen['rows']] for i in frozen['layers']})

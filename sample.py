@@ -365,7 +365,7 @@ if __name__ == '__main__':
     sep = [] if obj.separator is None else [obj.separator]
     given = [True] * len(sep)
     for part in template: given += [False] * part if isinstance(part, int) else [True] * len(part)
-    if len(given) > (trained := obj.model.cfg.max_seq_len):
+    if len(given) > (trained := obj.model.cfg.max_seq_len) and obj.name != 'ldlm':      # which writes chunk by chunk
         print(f"note: {len(given)} tokens, but the model was trained on {trained}: expect worse text beyond")
     settings = dict(n_steps=n_steps, temperature=temperature, top_k=top_k, top_p=top_p, commit=commit,
                     score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, time_grid=time_grid, seed=seed)

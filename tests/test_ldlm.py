@@ -2,6 +2,7 @@
 linear, a sampler that recovers a known Gaussian, sizes of the published tables, a tiny model that learns its text."""
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -679,6 +680,9 @@ def test_cache_encodes_a_row_once(tmp_path):
     keys.write_bytes(keys.read_bytes()[:-7])                                    # the last key was cut off
     second = encoder()
     assert torch.equal(second.cached(ids.flip(0)), want.flip(0)) and second.calls == [1]
+    os.truncate(keys.with_suffix('.rows'), 100)                                 # so were the rows
+    third = encoder()
+    assert torch.equal(third.cached(ids), want) and third.calls == [5]
 
 
 def test_cache_is_of_one_encoder(tmp_path):

@@ -81,6 +81,16 @@ def test_an_arm_that_ran_out_of_time_is_no_result(folder, tmp_path, monkeypatch,
     assert 'FAILED: 200 steps' in capsys.readouterr().out
 
 
+def test_curves_of_two_runs_are_two_lines(tmp_path):
+    files = [tmp_path / name for name in ('a/result.json', 'b/result.json', 'c.json')]
+    for i, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(dict(curve=[dict(step=1, loss=float(i))])))
+    assert plot.training_curves(files, 'loss', 'step') == {x: ([1], [float(i)]) for i, x in enumerate('abc')}
+    files[0].write_text('{')
+    with pytest.raises(SystemExit, match='result.json: Expecting'): plot.training_curves(files, 'loss', 'step')
+
+
 def test_the_arms_are_runs_of_train(monkeypatch):
     """Every word of every arm is a key of train.py, every arm has a place in the table, and groups have equal steps."""
     monkeypatch.syspath_prepend(ROOT / 'experiments')

@@ -482,6 +482,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(train, monkeypatch, capsys):
     assert train()['step'] == 6
 
 
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.safetensors', 'state.json', 'tokenizer.json'])
+@pytest.mark.parametrize('cut', [True, False])
+def test_half_a_checkpoint_ends_in_one_line(train, file, cut):
+    train(max_iters=2)
+    file = Path('run/step-000002', file)
+    if cut: os.truncate(file, file.stat().st_size // 2)
+    else: file.unlink()
+    with pytest.raises(SystemExit, match='run/step-000002'): train()
+
+
+def test_a_validation_split_shorter_than_a_row(train, tmp_path, capsys):
+    (tmp_path / 'few.jsonl').write_text(''.join(f'{{"text": "number {i}"}}\n' for i in range(9)))
+    train(dataset='few.jsonl', data_dir='few')
+    assert 'nats/token' in (said := capsys.readouterr().out) and 'nan' not in said
+
+
 def test_push_to_hub(train, monkeypatch):
     calls = []
 
