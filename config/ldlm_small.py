@@ -32,4 +32,3 @@ save_interval = 0
 log_interval = 20
 sample_tokens = 128
 sample_steps = 64
-result = 'results/ldlm_small.json'

@@ -1,5 +1,5 @@
 # ~100M parameters, left to right, on the source of the installed Python packages; 7 minutes on one H100.
-# The baseline of config/packages_mdm.py: the same tokens in the same order.
+# The baseline of config/packages_mdm.py: the same tokens in the same order. For README: --result=results/packages_ar.json
 out_dir = 'out/packages_ar'
 dataset = 'packages'
 data_dir = 'data/packages-bpe-16384'
@@ -24,4 +24,3 @@ save_interval = 0
 log_interval = 20
 sample_tokens = 128
 sample_steps = 128
-result = 'results/packages_ar.json'

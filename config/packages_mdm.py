@@ -1,5 +1,5 @@
 # ~100M parameters of masked diffusion on the source of the installed Python packages; 7 minutes on one H100.
-# config/packages_ar.py is the autoregressive baseline on the same tokens.
+# config/packages_ar.py is the autoregressive baseline on the same tokens. For README: --result=results/packages_mdm.json
 out_dir = 'out/packages_mdm'
 dataset = 'packages'
 data_dir = 'data/packages-bpe-16384'
@@ -23,4 +23,3 @@ save_interval = 0
 log_interval = 20
 sample_tokens = 128
 sample_steps = 128
-result = 'results/packages_mdm.json'

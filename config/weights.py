@@ -1,5 +1,5 @@
 # The model in weights/: 11.7M parameters, 7.5 minutes on one H100 (--max_minutes=7.5 stopped it at step 6,044). Then:
-#   python checkpoint.py --out_dir=out/weights --export=weights --max_shard_mb=12
+#   python checkpoint.py --out_dir=out/weights --export=weights --max_shard_mb=12     (for README: --result=results/weights.json)
 out_dir = 'out/weights'
 dataset = 'packages'
 data_dir = 'data/packages-bpe-8192'
@@ -21,4 +21,3 @@ eval_rows = 128
 eval_draws = 4
 save_interval = 0
 log_interval = 50
-result = 'results/weights.json'
