@@ -357,7 +357,7 @@ def resolve(path: str | Path) -> Path:
     if os.path.isdir(path):
         if not Path(path, 'config.json').exists(): raise SystemExit(f"{path} holds no checkpoint: no config.json")
         return Path(path)
-    if os.path.exists(path) or path.count('/') != 1 or path.startswith(('.', '/', '~')):
+    if os.path.exists(path) or path.count('/') != 1 or path[0] in './~' or os.path.isdir(os.path.dirname(path)):
         raise SystemExit(f"{path}: no such model directory")
     from huggingface_hub import snapshot_download
     try:

@@ -392,6 +392,9 @@ def test_wrong_directories_and_tensors(small, tmp_path, monkeypatch):
     refused(str(tmp_path / 'no.gguf'), 'no such file')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     refused('some/model', 'the hub says')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
+    refused('out/typo', 'no such model directory')                              # not a model of the hub's user "out"
     path.mkdir()
     refused(path, 'no config.json')
     (path / 'config.json').write_bytes((source / 'config.json').read_bytes())
