@@ -531,7 +531,7 @@ while step < max_iters and not time_is_up:
         show = f"loss {train_loss:.3f} | {speed / 1e3:.1f}k tok/s"
         show += ''.join(f' | MFU {x:.1%}' for x in mfu.values())
         bar.set_postfix_str(show)
-        if bar.disable: say(f"step {step}/{max_iters}: {show} | lr x {scale:.2f} | ETA "
+        if bar.disable: say(f"step {step}/{max_iters}: {show} | lr {lr * scale:.1e} | ETA "
                             f"{(max_iters - step) * tokens_per_step / speed / 60:.1f} min")
         ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items() if k[0] != '_'}     # nan: empty
         record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=step * tokens_per_step,
