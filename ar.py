@@ -31,7 +31,7 @@ class AR(Objective):
 
     def forward(self, batch):
         noise = batch.noise
-        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1)[noise['rows']]      # (N, D)
+        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1).index_select(0, noise['rows'])  # (N, D)
         loss, ce = linear_cross_entropy(h, self.model.head_weight, noise['targets'], noise['a'], skip_col=self.mask_id)
         return loss, dict(ce=torch.stack([ce.sum(), ce.new_tensor(noise['n'])]))
 
@@ -39,7 +39,7 @@ class AR(Objective):
     def row_nll(self, batch, k=1, seed=0):
         """Exact nats and number of scored tokens of each row, (B,) each; k and seed have no meaning here."""
         tokens, rows, n = scored_rows(batch.is_target, self.shift)
-        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1).index_select(0, rows)
+        h = self.model.hidden(batch.ids, batch.ranges, batch.pos).flatten(0, 1)[rows]
         targets, used = batch.ids.flatten()[tokens], (torch.arange(len(tokens), device=h.device) < n).float()
         _, ce = linear_cross_entropy(h, self.model.head_weight, targets, used, skip_col=self.mask_id)
         nats = torch.zeros(len(batch.ids), device=h.device).index_add(0, tokens // batch.ids.shape[1], ce)

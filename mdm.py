@@ -74,7 +74,8 @@ class MDM(Objective):
     def forward(self, batch, tap=None):
         """sum_i (a_i + b_i sg(p_i)) CE_i over the masked tokens, divided by the targets of the global batch."""
         noise = batch.noise
-        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos, tap=tap).flatten(0, 1)[noise['rows']]   # (N, D)
+        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos, tap=tap)
+        h = h.flatten(0, 1).index_select(0, noise['rows'])      # (N, D); the backward of h[rows] sorts
         loss, ce = linear_cross_entropy(h, self.model.head_weight, noise['targets'], noise['a'], noise['b'],
                                         skip_col=self.mask_id)
         by_t = torch.zeros(2, N_BUCKETS, device=ce.device)
@@ -111,7 +112,7 @@ class MDM(Objective):
             w = torch.from_numpy(weight).float().to(batch.ids.device)
             tokens, rows, n = scored_rows(w > 0, self.shift)
             xt = torch.where(w > 0, self.mask_id, batch.ids)
-            h = self.model.hidden(xt, batch.ranges, batch.pos).flatten(0, 1).index_select(0, rows)
+            h = self.model.hidden(xt, batch.ranges, batch.pos).flatten(0, 1)[rows]
             w = w.flatten()[tokens]
             targets = batch.ids.flatten()[tokens]
             _, ce = linear_cross_entropy(h, self.model.head_weight, targets, w, skip_col=self.mask_id)

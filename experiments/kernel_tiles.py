@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernels as K
 
 if not all(map(str.isdigit, sys.argv[1:])): raise SystemExit(__doc__)
+if not torch.cuda.is_available(): raise SystemExit("kernel_tiles.py needs a GPU")
 tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 16384
 B, T, D, V, FF, H, HKV, HD = tokens // 1024, 1024, 896, 151_936, 4864, 14, 2, 64
 torch.manual_seed(0)
