@@ -135,17 +135,36 @@ def speed():
         flex='the same with FlexAttention', varlen='the same with varlen attention', liger='Liger, as shipped',
         liger_compact='Liger, head at masked rows only', liger_tuned='Liger, tuned by us', ours_eager='ours, eager',
         ours='ours')
-    found = [{r['peer']: r for r in x['results'] if r.get('agrees') and 'tokens_per_s' in r} for x in (dense, packed)]
+    largest = dict(results=[r for f in sorted((HERE / 'results').glob('bench_largest_*.json'))
+                            for r in load(f.stem)['results']])
+    found = [{r['peer']: r for r in x['results'] if r.get('agrees') and 'tokens_per_s' in r}
+             for x in (dense, largest, packed)]
     c, rows = dense['config'], [(f"training step, {dense['hardware']}", 'tokens/s', 'ours is', 'peak memory', 'MFU',
-                                 'packed rows: tokens/s', 'ours is', 'peak memory')]
+                                 'largest: tokens/s', 'ours is', 'rows', 'packed rows: tokens/s', 'ours is',
+                                 'peak memory')]
     for peer, label in labels.items():
         cells = []
         for peers in found:
             r = peers.get(peer)
             cells += [f"{r['tokens_per_s'] / 1e3:.1f}k", f"{peers['ours']['tokens_per_s'] / r['tokens_per_s']:.2f}x",
-                      f"{r['peak_gib']:.1f} GiB", f"{r['mfu']:.1%}"] if r else [''] * 4
-        rows.append((label, *cells[:-1]))
+                      r['batch'], f"{r['peak_gib']:.1f} GiB", f"{r['mfu']:.1%}"] if r else [''] * 5
+        rows.append((label, *cells[:2], *cells[3:8], *cells[10:12], cells[13]))
     assert (c['batch'], c['seq_len'], c['n_layer'], c['n_embd']) == (16, 1024, 24, 896)     # what the text says
+    return table(*rows)
+
+
+def step_profile():
+    """Where the milliseconds of our step go."""
+    r, = load('bench_profile')['results']
+    c, ms = load('bench_profile')['config'], r['profile_ms']
+    attention = 12 * c['n_layer'] * c['n_embd'] * c['batch'] * c['seq_len'] ** 2
+    products = (r['mfu'] * c['peak_tflops'] * 1e12 * r['median_ms'] / 1e3 - attention) / ms['matmul'] * 1e3
+    roof = load('bench_kernels')['results'][0]['teraflops']
+    labels = dict(matmul=f'matrix products, at {products / 1e12:.0f} TFLOP/s (one large product: {roof:.0f})',
+                  attention="attention, cuDNN's", triton='our kernels', optimizer='AdamW and clipping',
+                  fused="what torch.compile fuses", copies='copies', other="PyTorch's other kernels")
+    rows = [(f"of {r['median_ms']:.1f} ms, {r['tokens_per_s'] / 1e3:.1f}k tokens/s", 'ms', 'share')]
+    rows += [(label, f'{ms[k]:.1f}', f'{ms[k] / sum(ms.values()):.0%}') for k, label in labels.items()]
     return table(*rows)
 
 
@@ -315,8 +334,8 @@ def ldlm_ablations():
 
 PENDING = dict(ldlm_speed=ldlm_speed, ldlm_ablations=ldlm_ablations)    # drawn where README.md has the block already
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
-              canonical=canonical, sandbox=sandbox, speed=speed, kernel_speed=kernel_speed, alignment=alignment,
-              **PENDING)
+              canonical=canonical, sandbox=sandbox, speed=speed, step_profile=step_profile, kernel_speed=kernel_speed,
+              alignment=alignment, **PENDING)
 
 
 def render(text):

@@ -472,15 +472,18 @@ def test_in_dtype_shares_or_casts():
 @pytest.mark.parametrize('compiled', ['', 'default'])
 @pytest.mark.parametrize('kw', SHAPES, ids=str)
 def test_graph_gives_what_the_eager_sampler_gives(kw, compiled):
-    o = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda')
+    o, seen = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda'), set()
+    for p in o.model.parameters():
+        if p.ndim < 2: p.data *= 0.3                                            # else biases decide on the token
     prefix = {k: x.cuda() for k, x in some_prefix(o, 3).items()}
     sampler = Sampler(o, 3, 4, eta=0.5, compiled=compiled)
-    for seed in range(4):
+    for seed in range(8):
         seeds = torch.tensor([seed, 70 + seed, 2 ** 40 + seed], device='cuda')
         want = sampler.tokens(seeds, *prefix.values())
         got = sampler(seeds, **prefix)
         assert torch.equal(got, want) and (sampler.graph is not None) == (seed > 0)
-    assert not torch.equal(got, sampler(seeds + 1, **prefix))
+        if seed: seen.add(tuple(got.flatten().tolist()))
+    assert len(seen) > 1                                                        # replays, not one answer again
 
 
 def test_history_shows_every_step():
