@@ -254,8 +254,8 @@ def race(found, arm, goal):
 def alignment():
     found, blocks = arms(), []
     if 'plain' in found:
-        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way (64 rows)', 'tokens', 'tokens/s', 'peak memory',
-                 "steps to the final loss of the group's first", 'minutes', 'steps to that of (d)',
+        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way (64 rows)', 'tokens', 'tokens/s',
+                 'peak memory', "steps to the final loss of the group's first", 'minutes', 'steps to that of (d)',
                  'minutes')]
         for arm, f in found.items():
             if arm == 'own_ar': continue
