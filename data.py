@@ -268,7 +268,8 @@ def _row_document(row: dict, key: str, where: str, hf=None) -> str | list:
             for m in value):
         segments = chat_segments(value, hf)
         if not any(target for _, target, _ in segments):
-            raise SystemExit(f"{where}: the conversation has no turn of the assistant to learn from")
+            raise SystemExit(f"{where}: the conversation has no answer of the assistant to learn from, a turn "
+                             "of his after another one")
         return segments
     raise SystemExit(f"{where}: {key!r} must be a column of text or of [{{role, content}}, ...] lists, or "
                      f"two columns of text; got {str(values)[:60]}")
@@ -664,7 +665,10 @@ class Corpus:
         self.n_bytes = info["bytes"]
         self.tokens = np.memmap(self.path / f"{split}.bin", self.meta["dtype"], "r")
         flags = self.path / f"{split}.tgt.bin"
-        self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() and not alone else None
+        if alone and flags.is_file():
+            raise SystemExit(f"{path} has prompts, which are given and not learnt; ldlm learns every token: prepare "
+                             "--key=text in another --data_dir")
+        self._flags = np.memmap(flags, np.uint8, "r") if flags.is_file() else None
         self._make_rows(np.load(self.path / f"{split}.docs.npy"))
         every = np.arange(len(self)) if fraction == 1 else np.random.default_rng(0).permutation(len(self))
         self.used = every[:max(round(fraction * len(self)), 1)]

@@ -214,6 +214,7 @@ if __name__ == '__main__':
     # nll, bigram, samples
     dataset = 'stdlib'              # the corpus, tokenised for this model if it is not yet
     data_dir = ''                   # where its tokens are
+    key = 'text'                    # its column, to tokenise; 'messages' or 'prompt,response' for SFT
     split = 'val'
     seq_len = 0                     # tokens per row; 0 = what the checkpoint was trained with, at most 1024
     n_rows = 0                      # of the split; 0 = all
@@ -305,7 +306,7 @@ if __name__ == '__main__':
     def corpus(split):
         V, folder = obj.model.cfg.vocab_size, data_dir or f"data/{Path(dataset).stem}-{Path(tok.name).name}"
         if not Path(folder, 'meta.json').exists():
-            prepare(dataset, folder, tokenizer=str(find(out_dir) or out_dir))
+            prepare(dataset, folder, tokenizer=str(find(out_dir) or out_dir), key=key)
         found = Corpus(folder, split, seq_len or min(obj.model.cfg.max_seq_len, 1024), V, alone=obj.one_chunk_per_row)
         if not np.array_equal(found.tokenizer.token_bytes(), tok.token_bytes()):
             raise SystemExit(f"{folder} has the tokens of {found.meta['tokenizer']!r}, not of {out_dir}: "

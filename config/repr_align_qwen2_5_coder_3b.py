@@ -1,7 +1,8 @@
 # Qwen2.5-Coder-3B-Instruct becomes a diffusion model: Open-dLLM's multi-GPU example of alignment (micro-batch 3, global
 # batch 240, weight 10). Needs the hub. DDP keeps a whole model per GPU: 49 GB for fp32 weights, gradients and moments,
 # 6 GB for the bf16 teacher, 6 GB for bf16 copies. 8 GPUs with 80 GB; estimated 70 GiB each (40 with --freeze_layers=mlp)
-# and 11 s a step on H100s: 30 hours. 10, 5 or 2 nodes of 8: the same command on each, with --rdzv_endpoint (see train.py).
+# and 11 s a step on H100s: 30 hours. Host: 25 GB per process while both models load in fp32; 90 GB of disk.
+# 10, 5 or 2 nodes of 8: the same command on each, with --rdzv_endpoint (see train.py).
 #   torchrun --standalone --nproc_per_node=8 train.py config/repr_align_qwen2_5_coder_3b.py
 out_dir = 'out/repr_align_qwen2_5_coder_3b'
 objective = 'repr_align'

@@ -2,7 +2,7 @@
 # the diffusion model of config/repr_align_smollm2.py (any checkpoint or Hugging Face model: --init_from), with the chat
 # template of its tokenizer. --key=messages reads [{role, content}, ...], --key=prompt,response two columns of text.
 # Needs the hub for this data set; your own is --dataset=chats.jsonl (or .json .csv .parquet).
-# One GPU. Estimated: 30 GiB (less with a lower --micro_batch_size, same result), 10 minutes on an H100.
+# One GPU: 20 GiB (less with a lower --micro_batch_size, same result); estimated: 10 minutes on an H100.
 #   python sample.py --out_dir=out/sft_smollm2 --chat=true --prompt='Write a function that adds two numbers.'
 out_dir = 'out/sft_smollm2'
 objective = 'mdm'

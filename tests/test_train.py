@@ -345,27 +345,32 @@ def test_a_foreign_model_brings_its_tokenizer(train, corpus):
 
 
 # ---- instruction tuning ------------------------------------------------------------------------------------
-@pytest.mark.parametrize('objective', ['mdm', 'ar'])
-def test_sft_learns_to_answer(train, tmp_path, objective):
+@pytest.mark.parametrize('objective, key', [('mdm', 'prompt,response'), ('ar', 'prompt,response'),
+                                            ('repr_align', 'messages')])
+def test_sft_learns_to_answer(train, tmp_path, objective, key):
     """The prompt is never masked and never scored; the loss of held-out answers falls."""
     with open('sft.jsonl', 'w') as f:
         for i in range(300):
-            f.write(json.dumps(dict(prompt=f'{i * 7919 % 10007:05d}?', response='yes.' if i % 2 else 'no.')) + '\n')
-    data.prepare('sft.jsonl', 'sft', tokenizer='bytes', key='prompt,response', val_fraction=0.2)
-    run = train(objective=objective, dataset='sft.jsonl', data_dir='sft', key='prompt,response', max_iters=40,
-                eval_interval=40, eval_rows=0, final_eval_rows=0, sample_tokens=0, save_interval=0,
-                weighting='flat')
+            row = dict(prompt=f'{i * 7919 % 10007:05d}?', response='yes.' if i % 2 else 'no.')
+            turns = zip(('user', 'assistant'), row.values())
+            f.write(json.dumps(row | dict(messages=[dict(role=r, content=c) for r, c in turns])) + '\n')
+    data.prepare('sft.jsonl', 'sft', tokenizer='bytes', key=key, val_fraction=0.2)
+    shared = dict(dataset='sft.jsonl', data_dir='sft', key=key, sample_tokens=0, save_interval=0, final_eval_rows=0)
+    if objective == 'repr_align':
+        train(objective='ar', out_dir='ar', max_iters=1, **shared)
+        shared |= dict(init_from='ar', align_weight=1)
+    run = train(objective=objective, max_iters=40, eval_interval=40, eval_rows=0, weighting='flat', **shared)
     before, after = (line['val_nats_per_token'] for line in metrics() if 'val_nats_per_token' in line)
     assert before > 5 and after < 1.2, (before, after)      # which answer it is cannot be known: ln 2 per answer
     flags = run['val_data'].meta['splits']['val']
     assert metrics()[-1]['val_n_tokens'] == run['val_data'].n_targets < flags['tokens'] / 2
-    obj, answers = run['obj'], {*run['tok'].encode('yesno.'), run['tok'].eos_id}
+    obj, answers = run['obj'], {*run['tok'].encode('yesno.' + '\n' * (key == 'messages')), run['tok'].eos_id}
     for step in range(3):
         batch = run['train_data'].batch(step, 0, 8, 8, 0)
         noise = obj.prepare(batch, 0).noise
         n = noise['n'] if objective == 'ar' else int(noise['real'].sum())
         assert set(noise['targets'][:n].tolist()) <= answers and n
-        if objective == 'mdm': assert torch.equal(noise['xt'][~batch.is_target], batch.ids[~batch.is_target])
+        if objective != 'ar': assert torch.equal(noise['xt'][~batch.is_target], batch.ids[~batch.is_target])
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------
