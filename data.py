@@ -268,8 +268,8 @@ def _row_document(row: dict, key: str, where: str, hf=None) -> str | list:
             for m in value):
         segments = chat_segments(value, hf)
         if not any(target for _, target, _ in segments):
-            raise SystemExit(f"{where}: the conversation has no answer of the assistant to learn from, a turn "
-                             "of his after another one")
+            raise SystemExit(f"{where}: there is nothing to learn from a conversation in which no turn of the "
+                             "assistant follows another turn")
         return segments
     raise SystemExit(f"{where}: {key!r} must be a column of text or of [{{role, content}}, ...] lists, or "
                      f"two columns of text; got {str(values)[:60]}")

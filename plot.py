@@ -199,6 +199,7 @@ ARMS = dict(
     decay_lr=('alignment, its weight falls to 0 by half-time, 1e-3', 'plain_lr'),
     every5=('alignment of every 5th layer, 1e-3', 'plain_lr'),
     last=('alignment of the last layer, 1e-3', 'plain_lr'),
+    visible=('alignment where the student sees what the teacher has just read, 1e-3', 'plain_lr'),
     opening=('alignment, attention opened by degrees, 1e-3', 'plain_lr'),
     opening_plain=('no alignment, attention opened by degrees, 1e-3', 'plain_lr'),
     warming_plain=('no alignment, noise raised by degrees, 1e-3', 'plain_lr'),
@@ -213,7 +214,9 @@ ARMS = dict(
     own_plain=('small own model, no alignment, 1e-3', 'own_plain'),
     own_align=('small own model, alignment, 1e-3', 'own_plain'),
     gradient_plain=("Open-dLLM's loss, no alignment, right gradient, 1e-3", 'gradient_plain'),
-    gradient_broken=("Open-dLLM's loss, no alignment, its gradient, 1e-3", 'gradient_plain'))
+    gradient_align=("Open-dLLM's loss, alignment, right gradient, 1e-3", 'gradient_plain'),
+    gradient_broken=("Open-dLLM's loss, no alignment, its gradient, 1e-3", 'gradient_broken'),
+    gradient_broken_align=("Open-dLLM's loss, alignment, its gradient, 1e-3", 'gradient_broken'))
 
 
 def arms():

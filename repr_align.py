@@ -29,8 +29,9 @@ class ReprAlign(MDM):
     """teacher: a Transformer, frozen here; None only with align_weight 0, which is plain MDM. align_decay: steps in
     which the weight falls to 0, after which the teacher no longer runs (0: never). align_every: every k-th layer,
     counted from the last. align_random: so many of those per step (0: all). align_first: only the first n positions
-    of a row, and nothing beyond is read by the teacher (0: all). teacher_cache: directory for the teacher's states.
-    An aligned layer is the output of a block, the last one after the final norm; the embedding is none."""
+    of a row, T / n times as heavy, and nothing beyond is read by the teacher (0: all). teacher_cache: directory for
+    the teacher's states. An aligned layer is the output of a block, the last one after the final norm; the embedding
+    is none."""
     name = 'repr_align'
 
     def __init__(self, model, teacher=None, mask_id=None, shift=True, weighting='elbo', separator=None, eos_id=None,

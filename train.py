@@ -167,6 +167,8 @@ for wrong, why in (
         (global_batch_size < 1 or global_batch_size % (world * (micro_batch_size or 1)),
          f"global_batch_size {global_batch_size} must be a multiple of processes x micro_batch_size = "
          f"{world} x {micro_batch_size or 1}"),
+        (objective in ('ar', 'mdm', 'ldlm') and (teacher or teacher_cache),
+         f"teacher and teacher_cache are for objective=repr_align, not {objective}"),
         (optimizer not in ('adamw', 'muon'), f"optimizer must be adamw or muon, got {optimizer!r}"),
         (log not in ('', 'wandb', 'tensorboard'), f"log must be wandb or tensorboard, got {log!r}"),
         (log and importlib.util.find_spec(log) is None, f"--log={log} needs: pip install {log}"),

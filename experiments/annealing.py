@@ -1,7 +1,9 @@
-"""From an autoregressive model to a diffusion model by degrees, over the first STEPS steps. The same keys as train.py:
+"""Variants of alignment, and from causal to bidirectional by degrees, over the first STEPS steps. train.py's keys:
 
     opening   a token sees so many tokens after it: none at first (causal), more and more, at last its whole document
     warming   the noise level is drawn from (0, r), r from 0 to 1: few masks at first
+    visible   alignment only at rows whose own token is visible: of a masked one, which the teacher has read, the
+              student cannot know much (with the shift; without one these rows are all masked)
 
     python experiments/annealing.py config/repr_align_smollm2.py --objective=opening --out_dir=out/opening
 
@@ -47,7 +49,18 @@ class Warming(ReprAlign):
         return self.t_min + (super().draw_t(batch, seed) - self.t_min) * min((batch.step + 1) / STEPS, 1)
 
 
-checkpoint.OBJECTIVES |= {kind.name: kind for kind in (Opening, Warming)}
+class Visible(ReprAlign):
+    name = 'visible'
+
+    def prepare(self, batch, seed):
+        batch = super().prepare(batch, seed)
+        noise = batch.noise
+        if 'align' not in noise: return batch
+        masked = noise['xt'].flatten()[noise['rows']] == self.mask_id
+        return replace(batch, noise=noise | dict(align=noise['align'] * ~masked))
+
+
+checkpoint.OBJECTIVES |= {kind.name: kind for kind in (Opening, Warming, Visible)}
 if __name__ == '__main__':
     sys.argv[0] = str(ROOT / 'train.py')
     runpy.run_path(sys.argv[0], run_name='__main__')

@@ -6,7 +6,8 @@ that scales the gradient of *every* token by the factor of the first label of th
     right    sum_i w_i dCE_i          w_i = a_i + b_i p_i at masked tokens, 0 elsewhere
     broken   w_first sum_{i masked} dCE_i        0 if the first label is not masked: about every second micro-batch
 
-A published speed-up over that baseline may be partly the baseline's. The same keys as train.py, --objective=mdm_broken:
+A published speed-up over that baseline may be partly the baseline's. The same keys as train.py; align_broken has the
+alignment too, whose gradient was right:
 
     python experiments/broken_gradient.py config/repr_align_smollm2.py --objective=mdm_broken --weighting=planner \
         --out_dir=out/broken
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint
 from kernels import linear_cross_entropy
 from mdm import MDM
+from repr_align import ReprAlign
 
 
 class BrokenMDM(MDM):
@@ -37,18 +39,22 @@ class BrokenMDM(MDM):
         first = bool(batch.noise['xt'].flatten()[1] == self.mask_id)
         return replace(batch, noise=batch.noise | dict(first=first))
 
-    def forward(self, batch):
+    def forward(self, batch, tap=None):
         """The right value with the wrong gradient."""
         noise = batch.noise
         with torch.no_grad(): loss, stats = super().forward(batch)
-        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos).flatten(0, 1)[noise['rows']]
+        h = self.model.hidden(noise['xt'], batch.ranges, batch.pos, tap=tap).flatten(0, 1)[noise['rows']]
         plain, ce = linear_cross_entropy(h, self.model.head_weight, noise['targets'], noise['real'],
                                          skip_col=self.mask_id)
         w = noise['a'][0] + (0 if noise['b'] is None else noise['b'][0] * (-ce[0]).exp())
         return loss + (plain - plain.detach()) * w * noise['first'], stats
 
 
-checkpoint.OBJECTIVES[BrokenMDM.name] = BrokenMDM
+class BrokenAlign(ReprAlign, BrokenMDM):
+    name = 'align_broken'
+
+
+checkpoint.OBJECTIVES |= {kind.name: kind for kind in (BrokenMDM, BrokenAlign)}
 if __name__ == '__main__':
     sys.argv[0] = str(ROOT / 'train.py')
     runpy.run_path(sys.argv[0], run_name='__main__')

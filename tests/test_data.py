@@ -783,7 +783,7 @@ def test_errors_of_prepare(tmp_path):
     error("no column 'prompt'", rows, key="prompt,response")
     error("'other' must be a column of text", rows, key="other")
     talk = write_table(tmp_path / "talk.jsonl", [{"messages": CHAT[:1]}])
-    error("no turn of the assistant", talk, key="messages")
+    error("no turn of the assistant follows another", talk, key="messages")
     error("no such file or folder", tmp_path / "missing.txt")
     error("no such file or folder", "missing.jsonl")
     error("nothing to read", tmp_path / "*.nothing")

@@ -380,11 +380,11 @@ def test_the_minutes_are_in_the_metrics(align):
 def test_the_broken_gradient_is_what_the_formula_says():
     """Open-dLLM's baseline: the right loss; a gradient scaled by the first label's weight, nothing without a mask."""
     sys.path.insert(0, str(Path(__file__).parent.parent / 'experiments'))
-    try: BrokenMDM = importlib.import_module('broken_gradient').BrokenMDM
+    try: broken = importlib.import_module('broken_gradient')
     finally:
         sys.path.pop(0)
-        checkpoint.OBJECTIVES.pop('mdm_broken', None)
-    zero = 0
+        for name in ('mdm_broken', 'align_broken'): checkpoint.OBJECTIVES.pop(name, None)
+    BrokenMDM, zero = broken.BrokenMDM, 0
     for step in range(12):
         obj = BrokenMDM(backbone(1), MASK, shift=True, weighting='planner')
         batch = obj.prepare(replace(packed(), step=step), seed=2)
@@ -400,15 +400,22 @@ def test_the_broken_gradient_is_what_the_formula_says():
         for a, b in zip(got, torch.autograd.grad(w * ce.sum(), parameters)):
             torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-5)
         zero += not first
+        both = broken.BrokenAlign(obj.model, backbone(2), MASK, shift=True, weighting='planner', align_weight=3.0)
+        right = ReprAlign(obj.model, both.teacher, MASK, shift=True, weighting='planner', align_weight=3.0)
+        (b_loss, _), (r_loss, _) = (o(o.prepare(replace(packed(), step=step), seed=2)) for o in (both, right))
+        assert b_loss.item() == pytest.approx(r_loss.item(), rel=1e-5)
+        alignment = torch.autograd.grad(r_loss - MDM.forward(right, batch)[0], parameters)      # its gradient is right
+        for a, b, c in zip(torch.autograd.grad(b_loss, parameters), got, alignment):
+            torch.testing.assert_close(a, b + c, rtol=1e-3, atol=1e-5)
     assert 2 <= zero <= 10
 
 
 def test_annealing_opens_the_mask_and_raises_the_noise(monkeypatch):
     """opening: at first causal, later a band; keys know exactly the queries that see them; the teacher stays causal.
-    warming: t grows from t_min. After STEPS steps both are ReprAlign."""
+    warming: t grows from t_min. After STEPS steps both are ReprAlign. visible: no weight where x[i-1] is masked."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / 'experiments')
     try: annealing = importlib.import_module('annealing')
-    finally: [checkpoint.OBJECTIVES.pop(name, None) for name in ('opening', 'warming')]
+    finally: [checkpoint.OBJECTIVES.pop(name, None) for name in ('opening', 'warming', 'visible')]
     batch, kw = packed(), dict(align_weight=3.0)
     seen = ranges_to_mask(batch.ranges)[:, 0]
     for step, ahead in ((0, 0), (60, 3), (120, 20)):                    # round(20 ** 0.5) - 1
@@ -422,5 +429,9 @@ def test_annealing_opens_the_mask_and_raises_the_noise(monkeypatch):
     for kind in (annealing.Opening, annealing.Warming):
         obj = kind(backbone(), backbone(), MASK, **kw)
         assert torch.equal(obj.prepare(replace(batch, step=150), seed=0).noise['xt'], same.noise['xt'])
+    noise = annealing.Visible(backbone(), backbone(), MASK, **kw).prepare(replace(batch, step=150), seed=0).noise
+    masked = noise['xt'].flatten()[noise['rows']] == MASK
+    assert masked.any() and not noise['align'][masked].any()
+    assert torch.equal(noise['align'][~masked], same.noise['align'][~masked]) and noise['align'].any()
     t = [annealing.Warming(backbone(), backbone(), MASK, **kw).draw_t(replace(batch, step=s), 0) for s in (0, 59, 119)]
     assert t[0].max() < 0.01 and 0.25 < t[1].max() <= 0.5 < t[2].max() and t[0].min() >= 1e-3

@@ -387,6 +387,7 @@ def test_every_config_is_one(monkeypatch, file):
 @pytest.mark.parametrize('settings, message', [
     (dict(global_batch_size=6, micro_batch_size=4), 'a multiple of processes x micro_batch_size = 1 x 4'),
     (dict(global_batch_size=0), 'global_batch_size 0 must be a multiple'),
+    (dict(objective='mdm', teacher='x'), "teacher and teacher_cache are for objective=repr_align, not mdm"),
     (dict(optimizer='sgd'), "optimizer must be adamw or muon, got 'sgd'"),
     (dict(objective='xyz'), "objective must be one of ar, mdm, repr_align, ldlm, got 'xyz'"),
     (dict(weighting='x'), "weighting must be elbo, flat or planner, got 'x'"),
