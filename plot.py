@@ -200,6 +200,7 @@ ARMS = dict(
     every5=('alignment of every 5th layer, 1e-3', 'plain_lr'),
     last=('alignment of the last layer, 1e-3', 'plain_lr'),
     visible=('alignment where the student sees what the teacher has just read, 1e-3', 'plain_lr'),
+    visible_decay=('the same, its weight falls to 0 by half-time, 1e-3', 'plain_lr'),
     opening=('alignment, attention opened by degrees, 1e-3', 'plain_lr'),
     opening_plain=('no alignment, attention opened by degrees, 1e-3', 'plain_lr'),
     warming_plain=('no alignment, noise raised by degrees, 1e-3', 'plain_lr'),

