@@ -81,29 +81,26 @@ def load_checkpoint(path: str, objective='', shift=None, mask_id=None, dtype=tor
     encoder_device: where the frozen encoder of ldlm works, '' = with the rest; encoder_cache: folder for its features.
     training: settings that only training needs (weighting, t_min, teacher, ...), see the objectives."""
     path = str(find(path) or path)
-    with reading(path): return _load(path, objective, shift, mask_id, dtype, encoder_device, encoder_cache, training)
-
-
-def _load(path, objective, shift, mask_id, dtype, encoder_device, encoder_cache, training):
-    where = path if gguf_path(path) else resolve(path)
-    dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
-    tokenizer = load_tokenizer(str(where))
-    if 'ldlm' in (objective, dlm.get('objective')):
-        if dlm.get('objective') != (objective or 'ldlm'):
-            raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is "
-                             "trained on the features of a model, --objective=ldlm --encoder=...")
-        return LDLM.from_pretrained(where, encoder_device, encoder_cache).eval(), tokenizer
-    model = Transformer.from_pretrained(str(where), dtype=dtype)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise SystemExit(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
-                         f"{model.cfg.vocab_size} rows")
-    name = objective or dlm.get('objective', 'ar')
-    if mask_id is None: mask_id = dlm.get('mask_id')
-    if mask_id is None and name != 'ar': mask_id = find_mask_id(model, tokenizer)
-    if shift is None: shift = dlm.get('shift', True)
-    built = make_objective(name, model, mask_id=mask_id, shift=shift, tokenizer=tokenizer, **training,
-                           separator=dlm.get('separator'), eos_id=dlm.get('eos_id', tokenizer.eos_id))
-    return built.eval(), tokenizer
+    with reading(path):
+        where = path if gguf_path(path) else resolve(path)
+        dlm = {} if gguf_path(path) else json.loads((Path(where) / 'config.json').read_text()).get('dlm', {})
+        tokenizer = load_tokenizer(str(where))
+        if 'ldlm' in (objective, dlm.get('objective')):
+            if dlm.get('objective') != (objective or 'ldlm'):
+                raise SystemExit(f"{path} is {dlm.get('objective', 'a language model')}, not {objective}: an ldlm is "
+                                 "trained on the features of a model, --objective=ldlm --encoder=...")
+            return LDLM.from_pretrained(where, encoder_device, encoder_cache).eval(), tokenizer
+        model = Transformer.from_pretrained(str(where), dtype=dtype)
+        if tokenizer.vocab_size > model.cfg.vocab_size:
+            raise SystemExit(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
+                             f"{model.cfg.vocab_size} rows")
+        name = objective or dlm.get('objective', 'ar')
+        if mask_id is None: mask_id = dlm.get('mask_id')
+        if mask_id is None and name != 'ar': mask_id = find_mask_id(model, tokenizer)
+        if shift is None: shift = dlm.get('shift', True)
+        built = make_objective(name, model, mask_id=mask_id, shift=shift, tokenizer=tokenizer, **training,
+                               separator=dlm.get('separator'), eos_id=dlm.get('eos_id', tokenizer.eos_id))
+        return built.eval(), tokenizer
 
 
 def find_mask_id(model: Transformer, tokenizer) -> int:

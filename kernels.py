@@ -9,6 +9,7 @@
     cosine_alignment       student against teacher, at selected rows
     modulate      adaLN of a diffusion transformer, with the gated residual add fused in
     unmask        from logits to candidate tokens, for the samplers
+    head_argmax   from states to their likeliest tokens, without logits in memory
 
 A section reads: the mathematics and what is saved; `foo_ref`, plain PyTorch and the specification; the Triton
 kernels; the glue to autograd; the public `foo`. All but linear algebra is bound by memory: count the bytes.

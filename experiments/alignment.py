@@ -49,6 +49,7 @@ ARMS = dict(
     plain='--align_weight=0',
     align='',
     align1='--align_weight=1',
+    decay='--align_decay=120',
     freeze='--freeze_layers=mlp',
     scratch=f'{SCRATCH} --objective=mdm --lr=1e-3',
     # at 1e-3, the learning rate of everything below (those above have the config's 3e-4), and at others
@@ -75,7 +76,6 @@ ARMS = dict(
     gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner --lr=1e-3',
     gradient_broken_align='experiments/broken_gradient.py --objective=align_broken --weighting=planner --lr=1e-3',
     # other recipes
-    decay='--align_decay=120',
     decay_lr='--align_decay=120 --lr=1e-3',
     every5='--align_every=5 --lr=1e-3',
     last='--align_every=30 --lr=1e-3',
