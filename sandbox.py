@@ -704,4 +704,5 @@ def serve_jobs(control, numpy_dir):
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--serve']: main()
+    elif sys.argv[1:]: raise SystemExit(f"sandbox.py takes no arguments, got {sys.argv[1]!r}")
     else: print(*guarantees(), sep='\n')

@@ -574,3 +574,5 @@ def test_jobs_and_order():
 def test_the_command():
     done = subprocess.run([sys.executable, str(ROOT / 'sandbox.py')], capture_output=True, text=True, cwd='/')
     assert done.stdout.splitlines() == guarantees() and re.match('verdict: .*\n', done.stdout)
+    wrong = subprocess.run([sys.executable, str(ROOT / 'sandbox.py'), '--x'], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr == "sandbox.py takes no arguments, got '--x'\n"
