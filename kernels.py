@@ -18,13 +18,16 @@ kernels; the glue to autograd; the public `foo`. All but linear algebra is bound
                             runs the kernels on a CPU, thousands of times slower: only for tests.
 """
 import functools
+import hashlib
 import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 try:
     import triton
@@ -35,6 +38,11 @@ except ImportError:                     # macOS, Windows: only the references
 
 KERNELS, INTERPRET = os.environ.get('KERNELS', ''), os.environ.get('TRITON_INTERPRET') == '1'
 if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be torch or triton, got {KERNELS!r}")
+
+
+REAL = Tensor, torch.nn.Parameter                           # a tracer's tensors are of other types
+# Compiled code holds these kernels and tiles, but PyTorch, which keeps it on disk, asks for the operators' names only.
+torch.compiler.config.cache_key_tag += hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def active(device) -> str:
@@ -59,26 +67,35 @@ def _fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _op(fake, contiguous=True):
-    """Makes an operator of a function that launches kernels: torch.compile sees one node and does not look inside;
-    `fake` returns its outputs' shapes. It costs 15 us of Python per call more than an autograd.Function, and composes
-    with everything; without gradients and outside of compiled code, where sampling waits for launches, the function
-    itself is called. What runs outside compiled blocks (the losses) is an autograd.Function."""
-    def register(launch):
-        @functools.wraps(launch)
-        def checked(*args):
-            for x in args if contiguous else ():
-                assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
-            return launch(*args)
-        op = torch.library.custom_op('dlm::' + launch.__name__.strip('_'), checked, mutates_args=())
-        op.register_fake(fake)
+def _launch(kernel, grid, *args, **how):
+    """kernel[grid](*args, **how), at once; where torch.compile traces, as part of the graph: Inductor's code launches
+    it, for a fraction of the host time. It takes no tuples among the arguments, and floats only as constants."""
+    if type(args[0]) in REAL: kernel[grid](*args, **how)
+    elif not INTERPRET: torch.library.wrap_triton(kernel)[grid](*args, **how)
 
-        def call(*args):
-            tracing = torch.compiler.is_compiling() or type(args[0]) is not Tensor      # AOTAutograd's fakes
-            return (op if torch.is_grad_enabled() or tracing else checked)(*args)
-        call.op, call.register_autograd = op, op.register_autograd
-        return call
-    return register
+
+def _op(launch, contiguous=True):
+    """Makes an operator of a function that launches kernels. It composes with everything: a node for autograd and
+    Dynamo, for Inductor the kernels and PyTorch operations inside. It costs 15 us of Python per call more than an
+    autograd.Function; without gradients and outside of compiled code, where sampling waits for launches, the function
+    itself is called. What runs outside compiled blocks (the losses) is an autograd.Function."""
+    @functools.wraps(launch)
+    def checked(*args):
+        for x in args if contiguous else ():
+            assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
+        return launch(*args)
+
+    def inside(mode, func, types, args, kwargs):
+        with mode: return checked(*args)
+    op = torch.library.custom_op('dlm::' + launch.__name__.strip('_'), checked, mutates_args=())
+    op.register_fake(checked)
+    if not INTERPRET: op.register_torch_dispatch(FunctionalTensorMode, inside)      # torch.library.triton_op, lighter
+
+    def call(*args):
+        tracing = torch.compiler.is_compiling() or type(args[0]) not in REAL
+        return (op if torch.is_grad_enabled() or tracing else checked)(*args)
+    call.op, call.register_autograd = op, op.register_autograd
+    return call
 
 
 def _row_block(D: int) -> dict:
@@ -229,42 +246,43 @@ def _hide(s, seen, at, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
-def _attention_fwd(q, k, v, o, lse, by_query, q_stride, k_stride, v_stride, o_stride, lse_stride, scale, Tq, Tk,
+def _attention_fwd(q, k, v, o, lse, by_query, qb, qh, qt, kb, kh, kt, vb, vh, vt, Tq, Tk, scale: tl.constexpr,
                    G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
-    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
+    q_tile = _load_rows(q, (qb, qh, qt), b, h, rows, Tq, HD)
     m = tl.full([BM], -1e30, tl.float32)                        # finite: -inf - -inf would be NaN
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, HD], tl.float32)
     for i in range(n_blocks):
         at = _block(plan, i) * BN
         cols = at + tl.arange(0, BN)
-        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
+        k_block = _load_rows(k, (kb, kh, kt), b, h // G, cols, Tk, HD)
         s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
         m_new = tl.maximum(m, tl.max(s, 1) * scale)             # scale = log2(e) / sqrt(hd)
         p = tl.exp2(s * scale - m_new[:, None])
         shrink = tl.exp2(m - m_new)
         m, l = m_new, l * shrink + tl.sum(p, 1)
-        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        v_block = _load_rows(v, (vb, vh, vt), b, h // G, cols, Tk, HD)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
     l = tl.where(l > 0, l, 1.0)                                 # a row that sees nothing: acc = 0
-    tl.store(lse + b * lse_stride[0] + h * lse_stride[1] + rows, m + tl.log2(l))
-    _store_rows(o, acc * (1 / l)[:, None], o_stride, b, h, rows, Tq, HD)
+    tl.store(lse + (b * H + h) * tl.cdiv(Tq, 128) * 128 + rows, m + tl.log2(l))
+    _store_rows(o, acc * (1 / l)[:, None], (Tq * H * HD, HD, H * HD), b, h, rows, Tq, HD)
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
-def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stride, v_stride, o_stride, do_stride,
-                      dq_stride, lse_stride, scale, Tq, Tk,
-                      G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, qb, qh, qt, kb, kh, kt, vb, vh, vt, Tq, Tk,
+                      scale: tl.constexpr, G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr):
+    h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    packed = (Tq * H * HD, HD, H * HD)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     seen, plan, n_blocks = _plan(by_query, b, rows, Tq, R, BN)
-    q_tile = _load_rows(q, q_stride, b, h, rows, Tq, HD)
-    o_tile = _load_rows(o, o_stride, b, h, rows, Tq, HD)
-    do_tile = _load_rows(do, do_stride, b, h, rows, Tq, HD)
-    row_at = b * lse_stride[0] + h * lse_stride[1] + rows
+    q_tile = _load_rows(q, (qb, qh, qt), b, h, rows, Tq, HD)
+    o_tile = _load_rows(o, packed, b, h, rows, Tq, HD)
+    do_tile = _load_rows(do, packed, b, h, rows, Tq, HD)
+    row_at = (b * H + h) * tl.cdiv(Tq, 128) * 128 + rows
     row_lse = tl.load(lse + row_at)
     row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     tl.store(delta + row_at, row_delta)                         # for the other kernel
@@ -272,44 +290,46 @@ def _attention_bwd_dq(q, k, v, o, do, dq, lse, delta, by_query, q_stride, k_stri
     for i in range(n_blocks):
         at = _block(plan, i) * BN
         cols = at + tl.arange(0, BN)
-        k_block = _load_rows(k, k_stride, b, h // G, cols, Tk, HD)
-        v_block = _load_rows(v, v_stride, b, h // G, cols, Tk, HD)
+        k_block = _load_rows(k, (kb, kh, kt), b, h // G, cols, Tk, HD)
+        v_block = _load_rows(v, (vb, vh, vt), b, h // G, cols, Tk, HD)
         s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
         p = tl.exp2(s * scale - row_lse[:, None])
         ds = p * (tl.dot(do_tile, v_block.T, input_precision='ieee') - row_delta[:, None])
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision='ieee')
-    _store_rows(dq, acc * (scale * 0.6931471805599453), dq_stride, b, h, rows, Tq, HD)      # log 2: 1 / sqrt(hd)
+    _store_rows(dq, acc * (scale * 0.6931471805599453), packed, b, h, rows, Tq, HD)         # log 2: 1 / sqrt(hd)
 
 
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
-def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, q_stride, k_stride, v_stride, do_stride, dk_stride,
-                        dv_stride, lse_stride, scale, Tq, Tk,
-                        G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+def _attention_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, by_key, qb, qh, qt, kb, kh, kt, vb, vh, vt, Tq, Tk,
+                        scale: tl.constexpr, G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr,
+                        BN: tl.constexpr):
+    h_kv, b, Hkv = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    H, packed = Hkv * G, (Tk * Hkv * HD, HD, Hkv * HD)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     seen, plan, n_blocks = _plan(by_key, b, cols, Tk, R, BM)
-    k_tile = _load_rows(k, k_stride, b, h_kv, cols, Tk, HD)
-    v_tile = _load_rows(v, v_stride, b, h_kv, cols, Tk, HD)
+    k_tile = _load_rows(k, (kb, kh, kt), b, h_kv, cols, Tk, HD)
+    v_tile = _load_rows(v, (vb, vh, vt), b, h_kv, cols, Tk, HD)
     dk_acc = tl.zeros([BN, HD], tl.float32)
     dv_acc = tl.zeros([BN, HD], tl.float32)
     for i in range(n_blocks * G):                               # s, p, dp and ds are transposed: (keys, queries)
         at, h = _block(plan, i // G) * BM, h_kv * G + i % G
         rows = at + tl.arange(0, BM)
-        row_at = b * lse_stride[0] + h * lse_stride[1] + rows
-        q_block = _load_rows(q, q_stride, b, h, rows, Tq, HD)
-        do_block = _load_rows(do, do_stride, b, h, rows, Tq, HD)
+        row_at = (b * H + h) * tl.cdiv(Tq, 128) * 128 + rows
+        q_block = _load_rows(q, (qb, qh, qt), b, h, rows, Tq, HD)
+        do_block = _load_rows(do, (Tq * H * HD, HD, H * HD), b, h, rows, Tq, HD)
         s = _hide(tl.dot(k_tile, q_block.T, input_precision='ieee'), seen, at, BM)
         p = tl.exp2(s * scale - tl.load(lse + row_at)[None, :])
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision='ieee')
         ds = p * (tl.dot(v_tile, do_block.T, input_precision='ieee') - tl.load(delta + row_at)[None, :])
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision='ieee')
-    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), dk_stride, b, h_kv, cols, Tk, HD)
-    _store_rows(dv, dv_acc, dv_stride, b, h_kv, cols, Tk, HD)
+    _store_rows(dk, dk_acc * (scale * 0.6931471805599453), packed, b, h_kv, cols, Tk, HD)
+    _store_rows(dv, dv_acc, packed, b, h_kv, cols, Tk, HD)
 
 
 # Queries and keys of a tile, num_warps, num_stages, for 16-bit inputs by head_dim: on H100 and B200 (227 KB of shared
 # memory, wgmma), and on smaller cards (99 KB). Nothing spills. Those of 64 on H100 are the best of a sweep; a program
-# per head of the group, with a sum afterwards, was no faster in dkdv.
+# per head of the group, with a sum afterwards, was no faster in dkdv. A tile of fwd has as many queries as one of dq
+# or more, and that as one of dkdv: what the later kernels read of lse and delta, the earlier ones have written.
 ATTENTION_TILES = {
     ('fwd', 64): ((64, 128, 4, 2), (128, 64, 4, 3)), ('fwd', 128): ((128, 64, 8, 3), (128, 32, 8, 2)),
     ('dq', 64): ((64, 64, 4, 3), (128, 32, 4, 2)), ('dq', 128): ((128, 64, 8, 2), (64, 32, 4, 2)),
@@ -318,46 +338,37 @@ ATTENTION_TILES = {
     ('dkdv', 256): ((32, 32, 8, 1), (32, 32, 8, 1))}
 
 
-def _launch_attention(op, kernel, ranges, scale, q, k, *more):
+def _launch_attention(op, kernel, ranges, scale, q, k, v, *more):
     """A program per tile of queries (dkdv: of keys), head and row. The kernels take the tensors, the ranges, the
-    strides of every (B, H, T, hd) and those of lse, and the rest."""
-    tensors, (B, H, Tq, HD), (Hkv, Tk) = (q, k, *more), q.shape, k.shape[1:3]
+    strides of q, k and v (all others lie as (B, T, H, hd)), and the rest."""
+    (B, H, Tq, HD), (Hkv, Tk) = q.shape, k.shape[1:3]
     BM, BN, num_warps, num_stages = 32, 32, 4, 1                                # fp32: exact, slow
     if q.dtype != torch.float32:
         small = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (9, 10)
         BM, BN, num_warps, num_stages = ATTENTION_TILES[op, max(64, HD)][small]
-    strides = [x.stride()[:3] for x in tensors if x.ndim == 4]
     grid = (triton.cdiv(Tk, BN), Hkv, B) if op == 'dkdv' else (triton.cdiv(Tq, BM), H, B)
-    kernel[grid](*tensors, ranges, *strides, more[-1].stride()[:2], scale, Tq, Tk, H // Hkv, ranges.shape[2], HD,
-                 BM, BN, num_warps=num_warps, num_stages=num_stages)
+    _launch(kernel, grid, q, k, v, *more, ranges, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq, Tk, scale,
+            H // Hkv, ranges.shape[2], HD, BM, BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _new_attention(x: Tensor) -> Tensor:
-    """Empty, of x's shape (B, H, T, hd), in memory (B, T, H, hd): transposing and flattening the heads is free."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _new_lse(q: Tensor) -> Tensor:
-    """(B, H, Tq up to whole tiles): no mask for it either. Zeros, for tiles that no query is in."""
-    return q.new_zeros((*q.shape[:2], triton.cdiv(q.shape[2], 128) * 128), dtype=torch.float32)
-
-
-@_op(lambda q, k, v, by_query, by_key, scale: (_new_attention(q), _new_lse(q)), contiguous=False)
+@functools.partial(_op, contiguous=False)
 def _attention(q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor,
                scale: float) -> tuple[Tensor, Tensor]:
-    o, lse = _new_attention(q), _new_lse(q)
+    B, H, T, hd = q.shape
+    o = q.new_empty(B, T, H, hd)
+    lse = q.new_empty(B, H, triton.cdiv(T, 128) * 128, dtype=torch.float32)     # whole tiles: no mask for it either
     _launch_attention('fwd', _attention_fwd, by_query, scale, q, k, v, o, lse)
     return o, lse
 
 
-@_op(lambda do, q, k, v, *rest: tuple(map(_new_attention, (q, k, v))), contiguous=False)
+@functools.partial(_op, contiguous=False)
 def _attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor, o: Tensor,
-                        lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    if do.stride(3) != 1: do = do.contiguous()                                  # of a sum: expanded
-    dq, dk, dv, delta = _new_attention(q), _new_attention(k), _new_attention(v), torch.zeros_like(lse)
+                    lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+    delta = lse.new_empty(lse.shape)
     _launch_attention('dq', _attention_bwd_dq, by_query, scale, q, k, v, o, do, dq, lse, delta)
     _launch_attention('dkdv', _attention_bwd_dkdv, by_key, scale, q, k, v, do, dk, dv, lse, delta)
-    return dq, dk, dv
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _attention_setup(ctx, inputs, output):
@@ -366,13 +377,14 @@ def _attention_setup(ctx, inputs, output):
 
 
 _attention.register_autograd(                                                   # nobody differentiates lse
-    lambda ctx, do, dlse: (*_attention_grad(do, *ctx.saved_tensors, ctx.scale), None, None, None),
+    lambda ctx, do, dlse: (*_attention_grad(do.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None),
     setup_context=_attention_setup)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = None, causal: bool = False) -> Tensor:
     """q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd) -> (B, H, Tq, hd), 0 where a query sees nothing. Views
-    will do, of a fused qkv or a cache: only hd must be contiguous.
+    will do, of a fused qkv or a cache: only hd must be contiguous. What comes out lies as (B, Tq, H, hd): transposing
+    and flattening the heads is free.
 
     ranges: who sees whom; or a dense mask (B, 1, Tq, Tk), which layers on the torch path share (`ranges_to_mask`); or
     None: every key, or (causal) every key up to the query. Without ranges there is nothing to skip, cuDNN is hard to
@@ -392,7 +404,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges | Tensor | None = 
     pad = max(16, 1 << (hd - 1).bit_length()) - hd
     if pad: q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
     scale = hd ** -0.5 * math.log2(math.e)
-    return _attention(q, k, v, ranges.by_query.contiguous(), ranges.by_key.contiguous(), scale)[0][..., :hd]
+    o, _ = _attention(q, k, v, ranges.by_query.contiguous(), ranges.by_key.contiguous(), scale)
+    return o.transpose(1, 2)[..., :hd]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -454,22 +467,21 @@ def _rms_norm_bwd(dy, ds, s, weight, rstd, dx, dw, n_rows, ADD: tl.constexpr, D:
     tl.store(dw + first * D + cols, dw_sum, inside)
 
 
-@_op(lambda x, residual, weight, eps: (
-    torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x),
-    x.new_empty(len(x), dtype=torch.float32)))
+@_op
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, rstd = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)         # x (N, D)
     s = x.new_empty(0) if residual is None else torch.empty_like(x)
-    if len(x): _rms_norm_fwd[(len(x),)](x, residual, weight, y, s, rstd, eps, residual is not None,
-                                        **_row_block(x.shape[1]))
+    if len(x): _launch(_rms_norm_fwd, (len(x),), x, residual, weight, y, s, rstd, eps, residual is not None,
+                       **_row_block(x.shape[1]))
     return y, s, rstd
 
 
-@_op(lambda dy, ds, s, weight, rstd: (torch.empty_like(s), torch.empty_like(weight)))
+@_op
 def _rms_norm_grad(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, D = s.shape
     dx, dw = torch.empty_like(s), s.new_empty(min(n_rows, PROGRAMS), D, dtype=torch.float32)
-    if n_rows: _rms_norm_bwd[(len(dw),)](dy, ds, s, weight, rstd, dx, dw, n_rows, ds is not None, **_row_block(D))
+    if n_rows: _launch(_rms_norm_bwd, (len(dw),), dy, ds, s, weight, rstd, dx, dw, n_rows, ds is not None,
+                       **_row_block(D))
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -602,23 +614,19 @@ def _rope_grid(B, T, H, HKV, hd):
     return triton.cdiv(B * T, block), dict(H=H, HKV=HKV, HD=hd, HALF=half, BLOCK=block, num_warps=4)
 
 
-@_op(lambda qkv, cos, sin, q_weight, k_weight, H, HKV, eps: (
-    *(qkv.new_empty(*qkv.shape[:2], n, qkv.shape[3]) for n in (H, HKV, HKV)),
-    qkv.new_empty((0,) if q_weight is None else (*qkv.shape[:2], H + HKV), dtype=torch.float32)))
+@_op
 def _rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
               H: int, HKV: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, _, hd = qkv.shape
     q, k, v = (qkv.new_empty(B, T, n, hd) for n in (H, HKV, HKV))
     rstd = qkv.new_empty((0,) if q_weight is None else (B, T, H + HKV), dtype=torch.float32)
     n_blocks, shape = _rope_grid(B, T, H, HKV, hd)
-    if n_blocks: _rope_fwd[(n_blocks * (H + 2 * HKV),)](qkv, cos, sin, q_weight, k_weight, q, k, v, rstd, B * T, eps,
-                                                        q_weight is not None, **shape)
+    if n_blocks: _launch(_rope_fwd, (n_blocks * (H + 2 * HKV),), qkv, cos, sin, q_weight, k_weight, q, k, v, rstd,
+                         B * T, eps, q_weight is not None, **shape)
     return q, k, v, rstd
 
 
-@_op(lambda dq, dk, dv, cos, sin, qkv, q_weight, k_weight, rstd: (
-    dq.new_empty(*dq.shape[:2], dq.shape[2] + 2 * dk.shape[2], dq.shape[3]),
-    *(cos.new_empty(0 if w is None else len(w)) for w in (q_weight, k_weight))))
+@_op
 def _rope_qkv_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, qkv: Tensor | None,
                    q_weight: Tensor | None, k_weight: Tensor | None,
                    rstd: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -626,8 +634,8 @@ def _rope_qkv_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor,
     n_blocks, shape = _rope_grid(B, T, H, HKV, hd)
     dqkv = dq.new_empty(B, T, H + 2 * HKV, hd)
     dw = cos.new_empty(n_blocks, H + HKV, hd if qkv is not None else 0)             # a partial sum per program
-    if n_blocks: _rope_bwd[(n_blocks * (H + 2 * HKV),)](dq, dk, dv, qkv, cos, sin, q_weight, k_weight, rstd, dqkv, dw,
-                                                        B * T, qkv is not None, **shape)
+    if n_blocks: _launch(_rope_bwd, (n_blocks * (H + 2 * HKV),), dq, dk, dv, qkv, cos, sin, q_weight, k_weight, rstd,
+                         dqkv, dw, B * T, qkv is not None, **shape)
     return dqkv, dw[:, :H].sum((0, 1)), dw[:, H:].sum((0, 1))
 
 
@@ -700,19 +708,19 @@ def _swiglu_bwd(dy, gate_up, dgate_up, F: tl.constexpr, BLOCK: tl.constexpr):
 SWIGLU = dict(BLOCK=1024, num_warps=4)
 
 
-@_op(lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
+@_op
 def _swiglu(gate_up: Tensor) -> Tensor:
     n_rows, width = len(gate_up), gate_up.shape[1] // 2
     y = gate_up.new_empty(n_rows, width)
-    if n_rows: _swiglu_fwd[(n_rows * triton.cdiv(width, SWIGLU['BLOCK']),)](gate_up, y, width, **SWIGLU)
+    if n_rows: _launch(_swiglu_fwd, (n_rows * triton.cdiv(width, SWIGLU['BLOCK']),), gate_up, y, width, **SWIGLU)
     return y
 
 
-@_op(lambda dy, gate_up: torch.empty_like(gate_up))
+@_op
 def _swiglu_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
     n_rows, width = dy.shape
     out = torch.empty_like(gate_up)
-    if n_rows: _swiglu_bwd[(n_rows * triton.cdiv(width, SWIGLU['BLOCK']),)](dy, gate_up, out, width, **SWIGLU)
+    if n_rows: _launch(_swiglu_bwd, (n_rows * triton.cdiv(width, SWIGLU['BLOCK']),), dy, gate_up, out, width, **SWIGLU)
     return out
 
 
@@ -1026,27 +1034,25 @@ def _modulate_bwd(dy, ds, s, h, gate, scale, rstd, dx, dh, dgate, dscale, dshift
     if ADD: tl.store(dgate + part, gate_sum, inside)
 
 
-@_op(lambda x, h, gate, scale, shift, eps: (
-    torch.empty_like(x), x.new_empty(0) if h is None else torch.empty_like(x),
-    x.new_empty(x.shape[:2], dtype=torch.float32)))
+@_op
 def _modulate(x: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor,
               eps: float) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, D), y, rstd = x.shape, torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
     s = x.new_empty(0) if h is None else torch.empty_like(x)
-    if B * T: _modulate_fwd[(B * T,)](x, h, gate, scale, shift, y, s, rstd, T, eps, h is not None, **_row_block(D))
+    if B * T: _launch(_modulate_fwd, (B * T,), x, h, gate, scale, shift, y, s, rstd, T, eps, h is not None,
+                      **_row_block(D))
     return y, s, rstd
 
 
-@_op(lambda dy, ds, s, h, gate, scale, rstd: (
-    torch.empty_like(s), *(s.new_empty(0) if x is None else torch.empty_like(x) for x in (h, gate)),
-    torch.empty_like(scale), torch.empty_like(scale)))
+@_op
 def _modulate_grad(dy: Tensor, ds: Tensor | None, s: Tensor, h: Tensor | None, gate: Tensor | None, scale: Tensor,
                    rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, D), add = s.shape, h is not None
     dx, dh = torch.empty_like(s), torch.empty_like(s) if add else s.new_empty(0)
     programs = min(T, max(PROGRAMS // max(B, 1), 1))
-    sums = [s.new_empty(B, programs * wanted, D, dtype=torch.float32) for wanted in (add, True, True)]
-    if B * T: _modulate_bwd[(programs, B)](dy, ds, s, h, gate, scale, rstd, dx, dh, *sums, T, add, **_row_block(D))
+    sums = [s.new_empty(B, n, D, dtype=torch.float32) for n in (programs if add else 0, programs, programs)]
+    if B * T: _launch(_modulate_bwd, (programs, B), dy, ds, s, h, gate, scale, rstd, dx, dh, *sums, T, add,
+                      **_row_block(D))
     dgate, dscale, dshift = (x.sum(1).to(scale.dtype) for x in sums)
     return dx, dh, dgate if add else s.new_empty(0), dscale, dshift
 

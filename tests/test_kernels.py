@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,12 +332,49 @@ def test_which_path(monkeypatch):
 
 def test_no_launch_while_tracing(monkeypatch):
     """AOTAutograd traces with fake tensors and without gradients, and does not always say that it compiles."""
-    def launch(x: torch.Tensor) -> torch.Tensor: raise RuntimeError('launched')
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: False)
-    call = K._op(lambda x: torch.empty_like(x))(launch)
+    class Kernel:
+        def __getitem__(self, grid): raise RuntimeError('launched')
+    monkeypatch.setattr(K, '_swiglu_fwd', Kernel())
+    monkeypatch.setattr(K, 'INTERPRET', True)                                   # else it would have to be Triton's
     with torch.no_grad(), FakeTensorMode() as mode:
-        assert call(mode.from_tensor(torch.ones(2, 3))).shape == (2, 3)
-    with torch.no_grad(), pytest.raises(RuntimeError, match='launched'): call(torch.ones(2, 3))
+        assert K._swiglu(mode.from_tensor(torch.ones(2, 6))).shape == (2, 3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='launched'): K._swiglu(torch.ones(2, 6))
+
+
+@pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
+def test_inductor_gets_the_kernels(monkeypatch):
+    """The graphs of compiled code hold the kernels, and PyTorch knows which arguments each writes: the outputs alone.
+    Of an argument that it thinks written, Inductor would make a copy."""
+    monkeypatch.undo()                                                          # no poison in compiled code
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    h100, written = SimpleNamespace(get_current_target=lambda: GPUTarget('cuda', 90, 32)), {}
+    if not GPU: monkeypatch.setattr(driver, '_active', h100)
+    monkeypatch.setattr(K, 'use_triton', lambda x: True)
+    monkeypatch.setattr(K.triton.JITFunction, 'run', lambda *args, **kw: None)  # traced, not launched
+    def look(graph, inputs):
+        for node in graph.graph.nodes:
+            assert 'dlm' not in str(node.target)
+            if 'triton_kernel_wrapper' not in str(node.target): continue
+            kernel = kernel_side_table.get_kernel(node.kwargs['kernel_idx'])
+            written[kernel.fn.__name__] = ' '.join(node.kwargs['tensors_to_clone'])
+        return make_boxed_func(graph)
+    how = dict(fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    model = Transformer(ModelConfig(64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16,
+                                    qk_norm=True, causal=False)).to(DEVICE)
+    model.layers[0].compile(**how)
+    ids = torch.zeros(1, 8, device=DEVICE).long()
+    model.hidden(ids, K.document_ranges(ids)).sum().backward()
+    x, gate = randn(2, 5, 32), randn(2, 32)
+    y, s = torch.compile(K.add_modulate, **how)(x, x, gate, gate, gate)
+    (y + s).sum().backward()
+    assert written == dict(
+        _rms_norm_fwd='y s rstd', _rope_fwd='q k v rstd', _attention_fwd='o lse', _swiglu_fwd='y',
+        _rms_norm_bwd='dx dw', _rope_bwd='dqkv dw', _attention_bwd_dq='dq delta', _attention_bwd_dkdv='dk dv',
+        _swiglu_bwd='dgate_up', _modulate_fwd='y s rstd', _modulate_bwd='dx dh dgate dscale dshift')
 
 
 # -- what the compiler makes of them -------------------------------------------------------------------------
