@@ -260,6 +260,7 @@ def _row_document(row: dict, key: str, where: str, hf=None) -> str | list:
     values = [row[k] for k in key.split(",")]
     value, is_text = values[0], [isinstance(v, str) for v in values]
     if len(values) == 2 and all(is_text):
+        if not values[1]: raise SystemExit(f"{where}: there is nothing to learn from an empty {key.split(',')[1]!r}")
         return [(values[0], False, False), (values[1], True, False)]
     if len(values) == 1 and (is_text[0] or value is None):
         return value or ""

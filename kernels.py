@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 try:
     import triton
@@ -41,7 +41,8 @@ if KERNELS not in ('', 'torch', 'triton'): raise SystemExit(f"KERNELS must be to
 
 
 REAL = Tensor, torch.nn.Parameter                           # a tracer's tensors are of other types
-# Compiled code holds these kernels and tiles, but PyTorch, which keeps it on disk, asks for the operators' names only.
+# Compiled code holds these kernels and tiles. PyTorch keeps it on disk under the operators' names alone: without this,
+# code from before an edit of this file would run.
 torch.compiler.config.cache_key_tag += hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
@@ -68,31 +69,36 @@ def _fp32(x: Tensor) -> Tensor:
 
 
 def _launch(kernel, grid, *args, **how):
-    """kernel[grid](*args, **how), at once; where torch.compile traces, as part of the graph: Inductor's code launches
-    it, for a fraction of the host time. It takes no tuples among the arguments, and floats only as constants."""
+    """kernel[grid](*args, **how), on the current device. Where AOTAutograd makes a graph, a node of it: Inductor's code
+    launches the kernel, for a fraction of the host time; it takes no tuples among the arguments, and floats only as
+    constants. Nothing where a tracer asks with fake tensors for shapes."""
     if type(args[0]) in REAL: kernel[grid](*args, **how)
-    elif not INTERPRET: torch.library.wrap_triton(kernel)[grid](*args, **how)
+    elif type(args[0]) is FunctionalTensor: torch.library.wrap_triton(kernel)[grid](*args, **how)
 
 
-def _op(launch, contiguous=True):
-    """Makes an operator of a function that launches kernels. It composes with everything: a node for autograd and
-    Dynamo, for Inductor the kernels and PyTorch operations inside. It costs 15 us of Python per call more than an
-    autograd.Function; without gradients and outside of compiled code, where sampling waits for launches, the function
-    itself is called. What runs outside compiled blocks (the losses) is an autograd.Function."""
-    @functools.wraps(launch)
+def _op(body, contiguous=True):
+    """Makes an operator of a function that launches kernels: one node for autograd and Dynamo, for Inductor the kernels
+    and PyTorch operations inside. It costs 15 us of Python per call more than an autograd.Function; without gradients
+    and outside of compiled code, where sampling waits for launches, the body itself is called. What runs outside
+    compiled blocks (the losses) is an autograd.Function.
+
+    Under torch.compile: Dynamo runs `checked` on fakes for the shapes; AOTAutograd replays its graph with functional
+    tensors, and the rule `inside` runs `checked` on those, so that the graph shows what is in it. That is what
+    torch.library.triton_op does, but with it `import kernels` takes 2 s instead of 0.1 and every call some us more."""
+    @functools.wraps(body)
     def checked(*args):
-        for x in args if contiguous else ():
-            assert not isinstance(x, Tensor) or x.is_contiguous(), f"{launch.__name__}: {x.stride()=}"
-        return launch(*args)
+        for i, x in enumerate(args if contiguous else ()):
+            assert not isinstance(x, Tensor) or x.is_contiguous(), f"{body.__name__}: argument {i} has {x.stride()=}"
+        return body(*args)
 
     def inside(mode, func, types, args, kwargs):
         with mode: return checked(*args)
-    op = torch.library.custom_op('dlm::' + launch.__name__.strip('_'), checked, mutates_args=())
+    op = torch.library.custom_op('dlm::' + body.__name__.strip('_'), checked, mutates_args=())
     op.register_fake(checked)
-    if not INTERPRET: op.register_torch_dispatch(FunctionalTensorMode, inside)      # torch.library.triton_op, lighter
+    if not INTERPRET: op.register_torch_dispatch(FunctionalTensorMode, inside)
 
     def call(*args):
-        tracing = torch.compiler.is_compiling() or type(args[0]) not in REAL
+        tracing = torch.compiler.is_compiling() or type(args[0]) not in REAL    # of Dynamo, of AOTAutograd
         return (op if torch.is_grad_enabled() or tracing else checked)(*args)
     call.op, call.register_autograd = op, op.register_autograd
     return call
@@ -373,10 +379,11 @@ def _attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, by_query: Tenso
 
 def _attention_setup(ctx, inputs, output):
     *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])                                      # lse
     ctx.save_for_backward(*tensors, *output)
 
 
-_attention.register_autograd(                                                   # nobody differentiates lse
+_attention.register_autograd(
     lambda ctx, do, dlse: (*_attention_grad(do.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None),
     setup_context=_attention_setup)
 
@@ -488,6 +495,7 @@ def _rms_norm_grad(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rst
 def _rms_norm_save(ctx, inputs, output):
     x, residual, weight, _ = inputs
     ctx.fused = residual is not None
+    ctx.mark_non_differentiable(output[2])                                      # rstd, here and below
     ctx.save_for_backward(output[1] if ctx.fused else x, weight, output[2])
 
 
@@ -642,6 +650,7 @@ def _rope_qkv_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor,
 def _rope_qkv_save(ctx, inputs, output):
     qkv, cos, sin, q_weight, k_weight, *_ = inputs
     normed = q_weight is not None
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(cos, sin, *((qkv, q_weight, k_weight, output[3]) if normed else ()))
 
 
@@ -1060,6 +1069,7 @@ def _modulate_grad(dy: Tensor, ds: Tensor | None, s: Tensor, h: Tensor | None, g
 def _modulate_save(ctx, inputs, output):
     x, h, gate, scale, _, _ = inputs
     ctx.fused = h is not None
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(output[1] if ctx.fused else x, h, gate, scale, output[2])
 
 
@@ -1074,10 +1084,10 @@ _modulate.register_autograd(_modulate_backward, setup_context=_modulate_save)
 
 def _modulate_rows(x, h, gate, scale, shift, eps):
     """-> y, s in x's shape; with one modulation for all, the batch is one long row."""
-    B, _, D = x.shape
+    B, T, D = x.shape
     assert scale.shape == shift.shape and scale.shape in ((B, D), (1, D)), f"{x.shape=} {scale.shape=} {shift.shape=}"
     assert scale.dtype == shift.dtype, f"{scale.dtype=} {shift.dtype=}"
-    rows = [None if t is None else t.reshape(len(scale), -1, D).contiguous() for t in (x, h)]
+    rows = [None if t is None else t.reshape(len(scale), B // max(len(scale), 1) * T, D).contiguous() for t in (x, h)]
     y, s, _ = _modulate(*rows, None if gate is None else gate.contiguous(), scale.contiguous(), shift.contiguous(), eps)
     return y.view(x.shape), s if h is None else s.view(x.shape)
 

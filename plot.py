@@ -12,7 +12,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import harmonic_mean, mean
 
 HERE = Path(__file__).parent
 
@@ -227,13 +227,13 @@ ARMS = {arm: (label, goal) for goal, (_, labels) in GROUPS.items() for arm, labe
 
 
 def arms():
-    """{arm: its results, curves averaged over seeds}. minutes: of training alone, by the median speed."""
+    """{arm: its results, curves averaged over seeds}. minutes: of training alone, by the mean speed after warm-up."""
     found = {}
     for arm in [*ARMS, 'own_ar']:
         files = sorted((HERE / 'results').glob(f'alignment_{arm}_[0-9]*.json'))
         runs = [json.loads(f.read_text()) for f in files]
         if not runs: continue
-        speed = mean(r['tokens_per_s'] for r in runs)
+        speed = mean(harmonic_mean([p['tokens_per_s'] for p in r['curve'] if p.get('tokens_per_s')][2:]) for r in runs)
         curves = [[(float(p['step']), p['val_bits_per_byte']) for p in r['curve'] if 'val_bits_per_byte' in p]
                   for r in runs]
         steps, bits_per_byte = zip(*((at[0][0], mean(b for _, b in at)) for at in zip(*curves)))
@@ -243,21 +243,23 @@ def arms():
 
 
 def reached(curve, xs, goal):
-    """Where the curve first is as low as the goal, between two points of it on a line; None: never."""
-    last = None
-    for x, y in zip(xs, curve):
-        if y <= goal: return x if last is None else last[0] + (x - last[0]) * (last[1] - goal) / (last[1] - y)
-        last = x, y
+    """Where the curve first is as low as the goal, on a line between two points of it; None: never."""
+    for i, y in enumerate(curve):
+        if y <= goal:
+            return xs[i] if i == 0 else xs[i - 1] + (xs[i] - xs[i - 1]) * (curve[i - 1] - goal) / (curve[i - 1] - y)
     return None
 
 
 def race(found, arm, goal):
-    """[steps, minutes] to the final loss of the arm `goal`, and how many times fewer they are than its own."""
+    """[steps, minutes] to the final loss of the arm `goal`, and how many times fewer they are than its own. At most
+    those to the first validation, if that is below: the line from step 0 says nothing."""
     if goal not in found: return ['', '']
     cells, target, f, g = [], found[goal]['bits'][-1], found[arm], found[goal]
+    early = f['bits'][1] <= target
     for x, form in (('steps', '.0f'), ('minutes', '.2f')):
-        at, its = reached(f['bits'], f[x], target), reached(g['bits'], g[x], target)
-        cells.append(f'> {f[x][-1]:{form}}' if at is None else f'{at:{form}} ({its / max(at, 1e-9):.1f}x)')
+        at, its = f[x][1] if early else reached(f['bits'], f[x], target), reached(g['bits'], g[x], target)
+        cells.append(f'> {f[x][-1]:{form}}' if at is None else
+                     f"{'<= ' * early}{at:{form}} ({'>= ' * early}{its / max(at, 1e-9):.1f}x)")
     return cells
 
 
@@ -265,7 +267,7 @@ def alignment():
     found, blocks = arms(), []
     for goal, (title, labels) in GROUPS.items():
         if goal not in found: continue
-        short = 'scratch' in found and goal in ('plain', 'plain_lr')    # the race against (d), too
+        short = 'scratch' in found and goal == 'plain'                 # the race against (d), too
         rows = [(title, 'bits/byte', 'tokens', 'tokens/s', 'peak memory', "steps to the first row's loss", 'minutes',
                  *['steps to that of (d)', 'minutes'] * short)]
         for arm in labels:

@@ -42,8 +42,9 @@ class ReprAlign(MDM):
         self.layers = list(range(L, 0, -align_every))[::-1] if align_every > 0 else []
         if min(align_weight, align_decay, align_random, align_first) < 0 or align_random > len(self.layers) or not \
                 0 < align_every <= L:
-            raise SystemExit(f"align_weight, align_decay, align_random and align_first must be at least 0, align_every "
-                             f"between 1 and {L}, and align_random at most the {len(self.layers)} layers it leaves")
+            raise SystemExit(f"align_weight, align_decay, align_random and align_first must be at least 0, "
+                             f"align_every between 1 and {L}, align_random at most the {len(self.layers)} layers "
+                             f"left: {align_weight=}, {align_decay=}, {align_every=}, {align_random=}, {align_first=}")
         if teacher is None and align_weight:
             raise SystemExit("representation alignment needs a teacher, an autoregressive model: --teacher=... or "
                              "--init_from=...; to sample or evaluate say --objective=mdm")
@@ -59,10 +60,12 @@ class ReprAlign(MDM):
         for p in teacher.parameters(): weights.update(p.float().cpu().numpy())
         self.teacher_path, self.teacher_sha256 = teacher_path, weights.hexdigest()
         self.cache = Path(teacher_cache, f'{self.teacher_sha256[:16]}-{align_every}') if teacher_cache else None
+        try: self.cache and self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise SystemExit(f"teacher_cache: {e}") from None
 
     @property
     def dlm(self):
-        """To a checkpoint this is an MDM. train.py compares path and hash of the teacher when it resumes."""
+        """To a checkpoint this is an MDM. train.py compares the teacher's hash when it resumes."""
         about = dict(teacher=self.teacher_path, teacher_sha256=self.teacher_sha256) if self.teacher else {}
         return super().dlm | dict(objective='mdm') | about
 
@@ -136,7 +139,6 @@ class ReprAlign(MDM):
     def _read_cache(self, frozen, doc):
         """A file per row of tokens, under the hash of its content; a row that is missing is computed and written by
         `forward`. It pays on slow machines or for few layers: a GPU computes states faster than a disk reads them."""
-        self.cache.mkdir(parents=True, exist_ok=True)
         names = [hashlib.sha256(torch.stack(row).numpy()).hexdigest()[:32] for row in zip(frozen['ids'], doc)]
         files = [self.cache / f'{name}.safetensors' for name in names]
         try: h = torch.stack([load_file(f)['states'] for f in files], 1).flatten(1, 2)          # (layers, B n, D)

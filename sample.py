@@ -355,7 +355,9 @@ if __name__ == '__main__':
         raise SystemExit(f"{out_dir} is {kind} ({obj.name}): it can continue a prompt, not fill holes. "
                          "Take an mdm checkpoint; a foreign one is opened as such by --objective=mdm")
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: obj.to(device)
+    try:
+        if device.startswith('cuda'): torch.cuda.set_device(torch.device(device).index or 0)    # kernels run there
+        obj.to(device)
     except (RuntimeError, AssertionError) as e:
         raise SystemExit(f"--device={device}: {str(e).splitlines()[0]}") from None
 

@@ -231,7 +231,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if config.is_file() and "dlm_tokenizer" in json.loads(config.read_text(encoding="utf-8")):
         return Tokenizer((path / "tokenizer.json").read_text(encoding="utf-8"))
     if not path.exists() and "/" in name and path.parent.is_dir():
-        raise SystemExit(f"{name}: no such directory")                  # nor does out/x mean x of the hub's user out
+        raise SystemExit(f"{name}: no such directory to take the tokenizer from (--tokenizer, else --init_from)")
+        # nor does out/x mean x of the hub's user out
     from transformers import AutoTokenizer
     try:
         return HFTokenizer(AutoTokenizer.from_pretrained(str(path) if path.exists() else name), name)

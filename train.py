@@ -222,7 +222,7 @@ if resume_from:
     if init_from == 'resume': init_from = config['init_from'] = state['config']['init_from']
     free = set('''max_iters max_minutes micro_batch_size eval_interval eval_rows eval_draws eval_seed final_eval_rows
         val_split tasks tasks_every tasks_limit execute_code log_interval log save_interval keep_last
-        export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher_cache
+        export_dtype push_to_hub result device compile deterministic out_dir data_dir teacher teacher_cache
         encoder_device encoder_cache'''.split())
     changed = {k: f"{k} {state['config'].get(k, v)!r} -> {v!r}" for k, v in config.items()
                if state['config'].get(k, v) != v}
@@ -267,7 +267,8 @@ if resume_from:
     obj, tok = checkpoint.load_checkpoint(str(resume_from), objective, encoder_device=encoder_device,
                                           encoder_cache=encoder_cache, **training)
     saved = json.loads((resume_from / 'config.json').read_text())['dlm']
-    if changed := [f'{k} is {obj.dlm.get(k)!r}, was {v!r}' for k, v in saved.items() if obj.dlm.get(k) != v]:
+    if changed := [f'{k} is {obj.dlm.get(k)!r}, was {v!r}' for k, v in saved.items() if obj.dlm.get(k) != v
+                   and k != 'teacher']:         # its hash says whether it is the same
         raise SystemExit(f"{out_dir} was trained with something else: {'; '.join(changed)}")
 elif not fresh:
     obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device,

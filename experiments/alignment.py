@@ -12,7 +12,7 @@
 
 and the longer run with the recipe that won, which fills holes beside the autoregressive model's prefix alone:
 
-    python train.py config/repr_align_smollm2.py --align_weight=0 --lr=2e-3 --max_iters=1900 --warmup_iters=100 \
+    python train.py config/repr_align_smollm2.py --align_weight=0 --lr=2e-3 --max_iters=1890 --warmup_iters=100 \
         --out_dir=out/aligned --result=results/aligned.json
     python eval.py config/eval_infill.py --out_dir=out/aligned --tasks=infill_single --execute_code=true \
         --result=results/aligned_infill_single.json

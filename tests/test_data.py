@@ -780,6 +780,7 @@ def test_errors_of_prepare(tmp_path):
     error("x.jsonl:1: expected an object", file("x.jsonl", b"[1, 2]\n"))
     rows = write_table(tmp_path / "rows.jsonl", ROWS)
     error("there is no column 'code', only text, other: choose with --key=NAME", rows, key="code")
+    error("nothing to learn from an empty 'b'", file("pairs.jsonl", b'{"a": "x", "b": ""}'), key="a,b")
     error("no column 'prompt'", rows, key="prompt,response")
     error("'other' must be a column of text", rows, key="other")
     talk = write_table(tmp_path / "talk.jsonl", [{"messages": CHAT[:1]}])

@@ -330,12 +330,25 @@ def test_which_path(monkeypatch):
     with pytest.raises(AssertionError, match='weight.shape'): K.rms_norm(x, weight[:4], 1e-6)
 
 
+@kernel
+def test_what_a_kernel_saves_has_no_gradient(small):
+    """Statistics for the backward are outputs of the operators, too; a wrong gradient of them would be silent."""
+    x, gate = randn(2, 3, 16), randn(2, 16)
+    cos, sin = K.rope_tables(torch.arange(3, device=DEVICE)[None].repeat(2, 1), 8, 1e4)
+    q = randn(2, 3, 2, 8).transpose(1, 2)
+    for saved in (K._rms_norm(x.view(6, 16), None, gate[0], 1e-6)[2], K._modulate(x, None, None, gate, gate, 1e-6)[2],
+                  K._rope_qkv(randn(2, 3, 4, 8), cos, sin, gate[0, :8], gate[0, :8], 2, 1, 1e-6)[3],
+                  K._attention(q, q, q, *K.document_ranges(torch.zeros(2, 3, device=DEVICE).long()), 1.0)[1]):
+        assert not saved.requires_grad
+    none = randn(0, 5, 16)
+    assert K.modulate(none, none[:, 0], none[:, 0]).shape == none.shape                     # an empty batch
+
+
 def test_no_launch_while_tracing(monkeypatch):
     """AOTAutograd traces with fake tensors and without gradients, and does not always say that it compiles."""
     class Kernel:
         def __getitem__(self, grid): raise RuntimeError('launched')
     monkeypatch.setattr(K, '_swiglu_fwd', Kernel())
-    monkeypatch.setattr(K, 'INTERPRET', True)                                   # else it would have to be Triton's
     with torch.no_grad(), FakeTensorMode() as mode:
         assert K._swiglu(mode.from_tensor(torch.ones(2, 6))).shape == (2, 3)
     with torch.no_grad(), pytest.raises(RuntimeError, match='launched'): K._swiglu(torch.ones(2, 6))
@@ -343,8 +356,9 @@ def test_no_launch_while_tracing(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or K.triton.__version__ is None, reason='needs the real compiler')
 def test_inductor_gets_the_kernels(monkeypatch):
-    """The graphs of compiled code hold the kernels, and PyTorch knows which arguments each writes: the outputs alone.
-    Of an argument that it thinks written, Inductor would make a copy."""
+    """The graphs of compiled code hold the kernels, and PyTorch knows which arguments each call writes: the outputs
+    alone, and fewer where there is no residual, gate or QK-norm. Of an argument that it thinks written, Inductor would
+    make a copy."""
     monkeypatch.undo()                                                          # no poison in compiled code
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -360,7 +374,7 @@ def test_inductor_gets_the_kernels(monkeypatch):
             assert 'dlm' not in str(node.target)
             if 'triton_kernel_wrapper' not in str(node.target): continue
             kernel = kernel_side_table.get_kernel(node.kwargs['kernel_idx'])
-            written[kernel.fn.__name__] = ' '.join(node.kwargs['tensors_to_clone'])
+            written.setdefault(kernel.fn.__name__, set()).add(' '.join(node.kwargs['tensors_to_clone']))
         return make_boxed_func(graph)
     how = dict(fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
     model = Transformer(ModelConfig(64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16,
@@ -371,10 +385,16 @@ def test_inductor_gets_the_kernels(monkeypatch):
     x, gate = randn(2, 5, 32), randn(2, 32)
     y, s = torch.compile(K.add_modulate, **how)(x, x, gate, gate, gate)
     (y + s).sum().backward()
+    cos, sin = K.rope_tables(torch.arange(5, device=DEVICE)[None].repeat(2, 1), 16, 1e4)
+    bare = dict(modulate=(x, gate, gate), rms_norm=(x, gate[0], 1e-6), rope_qkv=(x.view(2, 5, 2, 16), cos, sin, 0, 1))
+    for name, args in bare.items():                                             # without residual, gate, QK-norm
+        y = torch.compile(getattr(K, name), **how)(*args)
+        sum(out.sum() for out in (y if isinstance(y, tuple) else [y]) if out is not None).backward()
     assert written == dict(
-        _rms_norm_fwd='y s rstd', _rope_fwd='q k v rstd', _attention_fwd='o lse', _swiglu_fwd='y',
-        _rms_norm_bwd='dx dw', _rope_bwd='dqkv dw', _attention_bwd_dq='dq delta', _attention_bwd_dkdv='dk dv',
-        _swiglu_bwd='dgate_up', _modulate_fwd='y s rstd', _modulate_bwd='dx dh dgate dscale dshift')
+        _rms_norm_fwd={'y rstd', 'y s rstd'}, _rope_fwd={'q k v', 'q k v rstd'}, _modulate_fwd={'y rstd', 'y s rstd'},
+        _rms_norm_bwd={'dx dw'}, _rope_bwd={'dqkv', 'dqkv dw'}, _attention_bwd_dq={'dq delta'}, _swiglu_fwd={'y'},
+        _swiglu_bwd={'dgate_up'}, _attention_fwd={'o lse'}, _attention_bwd_dkdv={'dk dv'},
+        _modulate_bwd={'dx dscale dshift', 'dx dh dgate dscale dshift'})
 
 
 # -- what the compiler makes of them -------------------------------------------------------------------------

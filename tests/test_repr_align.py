@@ -244,6 +244,13 @@ def test_a_cached_teacher_equals_a_live_one(tmp_path, options, shift):
     assert len(list(folder.iterdir())) == 2 and all(f.suffix == '.safetensors' for f in folder.iterdir())
     changed = replace(packed(), ids=packed().ids + 1)               # other tokens: nothing of the kind is there
     assert 'states' not in aligned(1, teacher_cache=str(tmp_path), **options).prepare(changed, 2).noise['teacher']
+    other = (torch.arange(20) >= 4).long().expand(2, -1)            # the same tokens as other documents, another
+    cut = replace(packed(), doc=other, ranges=document_ranges(other))                       # teacher, other layers
+    cache = str(tmp_path)
+    stranger = ReprAlign(backbone(1), backbone(1), MASK, align_weight=3.0, teacher_cache=cache, **options)
+    fewer = aligned(1, teacher_cache=cache, align_every=1 if 'align_every' in options else 2)
+    for obj, batch in ((cached, cut), (stranger, packed()), *[(fewer, packed())] * ('align_first' not in options)):
+        assert 'states' not in obj.prepare(batch, 2).noise['teacher']
     for file in folder.iterdir(): os.truncate(file, 100)            # cut off: computed again
     assert 'states' not in aligned(1, teacher_cache=str(tmp_path), **options).prepare(packed(), 2).noise['teacher']
 
