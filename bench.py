@@ -754,7 +754,7 @@ def plain_loop(o, z, n_steps):
         for t, (a, b, _) in zip(times.tolist(), factors.tolist()):
             z_hat = m.denoise(z, m.modulations(torch.full((len(z),), t, device=z.device)), z_hat)
             z = a * z + b * z_hat
-        states = m.token_states(o._decode(z))
+        states = m.token_states(m.decode(z))
         return states, m.head(states).argmax(-1)
 
 

@@ -2,7 +2,7 @@
 
     h  = features of a chunk of text, from a frozen autoregressive model       z0 = encoder(h)
     zt = alpha_t z0 + sigma_t eps        (t = 0 clean, t = 1 noise)            z_hat = denoiser(zt, t, z_sc)
-    L  = |z_hat - z0|^2  +  |decoder(z0 + sigma_dec eps') - h|^2  +  CE(token_decoder(sg[h_hat]))
+    L  = |z_hat - z0|^2  +  |decoder(z0 + sigma eps') - h|^2  +  CE(token_decoder(sg[h_hat]))
 
 After LDLM (arXiv 2605.07933, "[P]") as read by the Open-dLLM README ("[R]"); "[S]" marks our own suggestions.
 Four components make joint training work [R]: the decoder is trained by MSE, and the token loss stops at its output;
@@ -51,9 +51,7 @@ def cubic_alpha_sigma(t):
 
 
 def encoder_grad_scale(step, warmup_steps, k=10.0, c=0.8, g_min=1e-3):
-    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]. 0 steps:
-    1 from the start; -1: never."""
-    if warmup_steps < 0: return 0.0
+    """g(step): by how much the encoder feels the denoiser, from g_min to 1 along a sigmoid (Eq. 29-30) [R]."""
     if step >= warmup_steps: return 1.0
     S = lambda x: 1 / (1 + math.exp(-k * (x - c)))
     return g_min + (1 - g_min) * (S(step / warmup_steps) - S(0)) / (S(1) - S(0))
@@ -390,9 +388,10 @@ class LatentModel(nn.Module):
         return x + block.self_attn(block.self_norm(x), self._rot('tokens', B))
 
     def decode(self, z, start=None):
-        """Latents -> features (B, L, F), normalised ones. The last block ends in a linear layer: it can shrink.
-        start: decoder_start(B), if it is known already."""
-        B = len(z)
+        """Latents -> features (B, L, F), normalised ones. Each latent is brought to RMS 1, be it noisy as in training,
+        clean or denoised [S]. The last block ends in a linear layer: it can shrink. start: decoder_start(B), if it is
+        known already."""
+        B, z = len(z), F.rms_norm(z, z.shape[2:], eps=1e-10)
         inputs, blocks = self._cast(self.decoder_in(z) + self.decoder_pos), self.decoder
         args = self._rot('tokens', B), inputs, self._rot('latents', B)
         if start is None: x, delta = self._start(self.decoder_queries, inputs), None
@@ -461,15 +460,19 @@ class LatentModel(nn.Module):
 class LDLM(Objective):
     """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
     much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
-    encoder_warmup: steps until the denoiser's whole gradient reaches the encoder. adaptive: AdaptiveTimesteps, else t
-    is uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]. stats_rows: how many
-    rows share the statistics of LatentModel.normalise's gradient. For comparison only: schedule cubic, and
-    feature_loss False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
+    vary_sigma: each row has a level of its own, uniform from 0 to sigma_dec, so that the decoder knows clean latents
+    [S]; False: all have sigma_dec [R]. encoder_grad: the share of the denoiser's gradient that reaches the encoder
+    after encoder_warmup steps; with all of it [P] latents lost their rank (LOG.md): what is easy to denoise says
+    little. adaptive: AdaptiveTimesteps, else t is uniform. self_cond: the rows of odd number see the model's own first
+    guess [R: one half]. stats_rows: how many rows share the statistics of LatentModel.normalise's gradient. For
+    comparison only: schedule cubic, and feature_loss False, where the token loss trains decoder and encoder, too, in
+    place of |h_hat - h|^2."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
     one_chunk_per_row = True
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
-                 adaptive=True, self_cond=True, stats_rows=16, schedule='tangent', feature_loss=True):
+                 encoder_grad=1.0, vary_sigma=True, adaptive=True, self_cond=True, stats_rows=16, schedule='tangent',
+                 feature_loss=True):
         super().__init__(model, None, separator, eos_id)
         if model.cfg.prefix_len and not getattr(encoder, 'causal', True):
             raise SystemExit(f"{encoder.path} is not causal: its features of the prefix would tell what follows")
@@ -478,8 +481,8 @@ class LDLM(Objective):
         if stats_rows < 1: raise SystemExit(f"stats_rows must be at least 1, got {stats_rows}")
         self.encoder = encoder
         self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
-                             adaptive=adaptive, self_cond=self_cond, stats_rows=stats_rows, schedule=schedule,
-                             feature_loss=feature_loss)
+                             encoder_grad=encoder_grad, vary_sigma=vary_sigma, adaptive=adaptive, self_cond=self_cond,
+                             stats_rows=stats_rows, schedule=schedule, feature_loss=feature_loss)
 
     @property
     def dlm(self):
@@ -516,15 +519,18 @@ class LDLM(Objective):
         self.model.feature_stats.copy_(torch.stack([mean, (sums[1] / sums[2] - mean ** 2).clamp(min=1e-8).sqrt()]))
 
     def prepare(self, batch, seed):
-        """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, and how long the
-        prefix is: nothing in a quarter of the rows, else uniform, but it ends before the text does."""
+        """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, how noisy the
+        decoder's input is, and how long the prefix is: nothing in a quarter of the rows, else uniform, but it ends
+        before the text does."""
         T, row_ids, ids = batch.ids.shape[1], batch.row_ids.cpu(), batch.ids.cpu()
         rngs = [np.random.default_rng((seed, batch.step, int(r))) for r in row_ids]
         xi = (np.random.default_rng((seed, batch.step)).random() + GOLDEN * row_ids.double()) % 1
         longest = self._is_text(ids[:, 1:]).sum(1).sub(1).clamp(0, self.model.cfg.prefix_len).tolist()
         start = [int(max(rng.random() - 0.25, 0) / 0.75 * (n + 1)) for rng, n in zip(rngs, longest)]
+        level = [rng.random() if self.settings['vary_sigma'] else 1.0 for rng in rngs]
         noise = dict(xi=xi.float(), seed=torch.tensor([int(rng.integers(2 ** 62)) for rng in rngs]),
-                     start=torch.tensor(start), weight=batch.is_target.cpu().any(1) * (T - 1) / batch.n_targets,
+                     start=torch.tensor(start), sigma=self.settings['sigma_dec'] * torch.tensor(level),
+                     weight=batch.is_target.cpu().any(1) * (T - 1) / batch.n_targets,
                      guess=(row_ids % 2 * self.settings['self_cond']).nonzero().squeeze(1))
         return replace(batch, noise={k: x.to(batch.ids.device) for k, x in noise.items()})
 
@@ -562,22 +568,21 @@ class LDLM(Objective):
                                         **{k: x[guess] for k, x in prefix.items()})
         return m.denoise(zt, mods, z_sc, **prefix)
 
-    def _decode(self, z):
-        """The decoder's input has variance 1 in training, noise included; without noise it is as much smaller."""
-        return self.model.decode(z * (1 + self.settings['sigma_dec'] ** 2) ** -0.5)
-
     def forward(self, batch):
-        """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch."""
+        """L_diff + L_h + L_w, means over positions and dimensions, averaged over the rows of the global batch. Also
+        logs rank, the participation ratio (sum p)^2 / sum p^2 of the eigenvalues p of z0 z0^T of a row: the first to
+        fall when the latents collapse."""
         m, s, noise = self.model, self.settings, batch.noise
         ids, h, prefix = self._window(batch)
         if len(ids) % s['stats_rows']:
             raise SystemExit(f"micro-batches must be a multiple of stats_rows = {s['stats_rows']} rows, got {len(ids)}")
         raw = m.encode(h)
         z0 = m.normalise(raw, s['stats_rows'])
-        z = z0.detach() + encoder_grad_scale(batch.step, s['encoder_warmup']) * (z0 - z0.detach())
+        g = s['encoder_grad'] * encoder_grad_scale(batch.step, s['encoder_warmup'])
+        z = z0.detach() + g * (z0 - z0.detach())
         t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
         diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
-        h_hat = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+        h_hat = m.decode(z0 + noise['sigma'][:, None, None] * row_noise(noise['seed'], z0.shape[1:], stream=1))
         feat = (h_hat - h).square().mean((1, 2))
         seen = h_hat.detach() if s['feature_loss'] else h_hat                           # the token loss ends here
         states = m.token_states(seen).flatten(0, 1)
@@ -589,7 +594,10 @@ class LDLM(Objective):
         total = lambda x: torch.stack([(x.detach() * (w > 0)).sum(), n_rows.to(x)])
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
         sums = torch.stack([used.sum(0), used.square().sum(0), n_rows.to(used).expand(used.shape[1:])])
+        gram = z0.detach() @ z0.detach().mT                                             # (B, K, K)
+        rank = gram.diagonal(dim1=1, dim2=2).sum(1) ** 2 / gram.square().sum((1, 2))
         return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
+                          rank=total(rank),
                           _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
 
     def after_step(self, stats):
@@ -611,7 +619,7 @@ class LDLM(Objective):
         linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
         between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
         the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
-        score = denoise + 1 - accuracy [S]: 'best' minimises it."""
+        score = 1 - accuracy_t [S]: 'best' minimises it; not denoise, which is lowest where latents say nothing."""
         m, s, sums = self.model, self.settings, {}
         for batch in batches:
             batch = self.prepare(batch, seed)
@@ -620,11 +628,11 @@ class LDLM(Objective):
             raw = m.encode(h)
             z0, xi = m.normalise(raw), noise['xi']
             rest = noise['seed'], torch.arange(len(ids) * s['self_cond'], device=ids.device), prefix
-            z_hat, h_hat = self._denoise(z0, xi, *rest), self._decode(z0)
-            noisy = self._decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+            z_hat, h_hat = self._denoise(z0, xi, *rest), m.decode(z0)
+            noisy = m.decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
             at_xi = self._denoise(z0, m.timesteps.quantile(xi), *rest) if s['adaptive'] else z_hat
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, noisy, self._decode(z_hat))]
+            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, noisy, m.decode(z_hat))]
             mse = lambda a, b, used=used: used * (a - b).square().mean((1, 2))
             z, raw = (x.double() * used[:, None, None] for x in (z0, raw))
             new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *right, text.sum(), used.sum()]),
@@ -641,7 +649,7 @@ class LDLM(Objective):
         points = torch.stack([loss, torch.arange(16.0, device=loss.device)])[:, loss.isfinite()]
         p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
         p = p / p.sum()
-        return dict(score=diff / n_rows + 1 - accuracy, denoise=diff / n_rows, features=feat / n_rows,
+        return dict(score=1 - at_t, denoise=diff / n_rows, features=feat / n_rows,
                     accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
                     linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
                     latent_variance=(square - mean ** 2).mean().item(),
@@ -744,14 +752,14 @@ class Sampler:
         on_gpu = device.type == 'cuda'
         self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False)
-        self.self_cond, self.scale = o.settings['self_cond'], (1 + o.settings['sigma_dec'] ** 2) ** -0.5
+        self.self_cond = o.settings['self_cond']
         times, factors = o.grid(n_steps, time_grid, eta)
         with torch.no_grad(), self.autocast:
             self.steps = [(m.modulations(t), *ab.float().to(device), eta_part.item()) for t, ab, eta_part in zip(
                 times.to(device).split(1), factors[:, :2], factors[:, 2])]
             self.start = m.decoder_start(B)
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
-        parts = self._step, lambda z: m.token_states(m.decode(z * self.scale, self.start)), row_noise
+        parts = self._step, lambda z: m.token_states(m.decode(z, self.start)), row_noise
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
         self.step, self.decode, self.noise = map(wrap, parts)
         self.n_calls, self.graph = 0, None

@@ -64,7 +64,8 @@ encoder = ''                        # the frozen language model: out_dir, direct
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
 encoder_cache = ''                  # folder: each row is encoded once, 2 x seq_len x width bytes on disk; '' = no
-encoder_warmup = 0                  # steps until the encoder feels the denoiser's whole gradient; 0 = none; -1 = never
+encoder_warmup = 0                  # steps until the encoder feels as much of the denoiser's gradient as it ever will
+encoder_grad = 1.0                  # that share; all (the paper's) cost us the latents' rank, 0.1 is safe; 0 = none
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
 prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
@@ -74,6 +75,7 @@ perceiver_block = 'joint'           # joint (the paper's size) or split (Open-dL
 perceiver_skip = True               # queries start with the input at their place; False: as in the paper
 dit_adaln = True                    # False: plain blocks (Open-dLLM's size)
 sigma_dec = 3.0                     # noise on the decoder's input
+vary_sigma = True                   # each row has a level of its own up to that; False: all have it (the paper)
 tangent_d = 3.0                     # of the noise schedule
 adaptive = True                     # timesteps that make the loss linear; False: uniform
 self_cond = True                    # half of the rows see the model's own guess
@@ -281,8 +283,8 @@ elif objective == 'ldlm':
     cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
                        **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
                           and f.name != 'vocab_size'})
-    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup, adaptive,
-               self_cond, stats_rows, schedule, feature_loss)
+    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup,
+               encoder_grad, vary_sigma, adaptive, self_cond, stats_rows, schedule, feature_loss)
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
     cfg = ModelConfig(vocab_size=-(-tok.vocab_size // 64) * 64, n_layer=n_layer, n_head=n_head,

@@ -26,17 +26,20 @@ def capacity_sigma(latent_dim, bits):
     return round((2 ** (2 * bits / latent_dim) - 1) ** -0.5, 3)
 
 
-B, C, D, E = dict(feature_loss=False), dict(encoder_warmup=0), dict(adaptive=False), dict(sigma_dec=0.0)
+B, C = dict(feature_loss=False), dict(encoder_warmup=0, encoder_grad=1.0)
+D, E = dict(adaptive=False), dict(sigma_dec=0.0)
 ARMS = dict(A=('everything', {}),
             B=('cross-entropy through the latents in place of the MSE', B),
-            C=('no warm-up: the encoder feels the denoiser at once', C),
+            C=('the encoder feels all of the denoiser at once', C),
             D=('uniform timesteps', D),
             E=('no noise on the decoder\'s input', E),
             F=('B, C, D and E', B | C | D | E),
-            G=('the encoder never feels the denoiser', dict(encoder_warmup=-1)),
+            G=('the encoder never feels the denoiser', dict(encoder_grad=0.0)),
             H=('schedule 1 - t^3', dict(schedule='cubic')),
             I=('latents of 128 dimensions, sigma for 39 bits each', dict(
-                latent_dim=128, sigma_dec=capacity_sigma(128, 39))))       # 39: of the 512 dimensions of A at sigma 3
+                latent_dim=128, sigma_dec=capacity_sigma(128, 39))),       # 39: of the 512 dimensions of A at sigma 3
+            S=('the same noise on all decoder inputs (the paper)', dict(vary_sigma=False)),
+            P=('after the warm-up the encoder feels all of the denoiser (the paper)', dict(encoder_grad=1.0)))
 
 
 def run(script, **settings):
@@ -67,7 +70,7 @@ def run_arm(arm, seed):
 
 if __name__ == '__main__':
     config_file = 'config/ldlm_small.py'        # what all arms share
-    arms = 'A,B,C,D,E,F,G,H,I'
+    arms = 'A,B,C,D,E,F,G,H,I,S,P'
     seeds = '1337'
     twice = 'A,F'                               # arms that a second seed is for
     max_iters = 1000                            # the same for all; the warm-up takes 40% of them

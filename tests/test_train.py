@@ -230,9 +230,9 @@ def test_a_latent_run_resumes_exactly(train, monkeypatch):
     assert not torch.equal(average.model.head.weight, whole['obj'].model.head.weight)
     assert average.model.timesteps.n_updates == 6
     losses = [line for line in metrics('whole') if 'loss' in line]
-    assert set(losses[0]) == {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'denoise', 'features', 'ce'}
+    assert set(losses[0]) == {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'denoise', 'features', 'ce', 'rank'}
     val = json.loads(Path('whole/result.json').read_text())['validation']
-    assert val['n_rows'] == 4 and val['score'] == pytest.approx(val['denoise'] + 1 - val['accuracy'])
+    assert val['n_rows'] == 4 and val['score'] == pytest.approx(1 - val['accuracy_t'])
     assert val['estimator'] == 'none: no likelihood'
     exported, _ = checkpoint.load_checkpoint('whole/export')
     assert exported.sample([tok.encode('3 times')], 8, n_steps=2)[1] == 2
