@@ -223,7 +223,7 @@ def test_rank_tells_of_a_collapse():
     """12 latents of 32 dimensions: noise has a participation ratio of some 12 x 32 / (12 + 32), two directions 2."""
     o, found = tiny(), {}
     for k in (2, 32):
-        o.model.encode = lambda h: torch.randn(16, 12, k) @ torch.eye(k, 32)
+        o.model.encode = lambda h, k=k: torch.randn(16, 12, k) @ torch.eye(k, 32)
         total, n = o(o.prepare(rows(16), 0))[1]['rank']
         found[k] = total / n
     assert n == 16 and found[2] < 2.01 and 7 < found[32] < 10
