@@ -533,12 +533,13 @@ while step < max_iters and not time_is_up:
         last_time, last_step = now, step
         if step - start_step > 2 * log_interval: speeds.append(speed)
         mfu = dict(mfu=flops_per_token * speed / peak_flops) if peak_flops else {}
+        ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items() if k[0] != '_'}     # nan: empty
         show = f"loss {train_loss:.3f} | {speed / 1e3:.1f}k tok/s"
+        show += ''.join(f' | {k} {x:.3g}' for k, x in ratios.items() if isinstance(x, float))
         show += ''.join(f' | MFU {x:.1%}' for x in mfu.values())
         bar.set_postfix_str(show)
         if bar.disable: say(f"step {step}/{max_iters}: {show} | lr {lr * scale:.1e} | ETA "
                             f"{(max_iters - step) * tokens_per_step / speed / 60:.1f} min")
-        ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items() if k[0] != '_'}     # nan: empty
         record(step, loss=train_loss, grad_norm=grad_norm, lr=lr * scale, tokens=step * tokens_per_step,
                **ratios, tokens_per_s=speed, **mfu)
     if interrupted: break

@@ -33,7 +33,8 @@ def test_tables_of_results_to_come(monkeypatch):
                way | dict(way='compiled', ms=3.0, tokens_per_s=21333.0, rel_error=0.5),         # wrong
                way | dict(way='compiled_kernels', ms=2.0, tokens_per_s=32000.0, rel_error=None),        # nan
                way | dict(way='eager', ms=20.0, tokens_per_s=3200.0),
-               dict(shape=way['shape'], way='compiled_kernels', error='x')]
+               dict(shape=way['shape'], way='compiled_kernels', error='x'),
+               way | dict(way='eager', batch=64)]                                               # nothing beside it
     val = dict.fromkeys('accuracy accuracy_noisy accuracy_t linearity effective_rank latent_variance'.split(), 0.5)
     arm = dict(arm='A', label='everything', seed=1, tokens=1e6, validation=val,
                samples={'8': dict(gen_ppl=12.34, token_entropy=5.0)})
