@@ -20,6 +20,7 @@ perceiver_block = 'joint'
 perceiver_skip = False
 dit_adaln = True
 sigma_dec = 3.0
+vary_sigma = False
 tangent_d = 3.0
 encoder_warmup = 50000
 global_batch_size = 1024
