@@ -276,6 +276,7 @@ elif not fresh:
     obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device,
                                           encoder_cache=encoder_cache, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
+    if objective == 'ldlm': obj.settings |= {k: config[k] for k in obj.settings}        # noise, warm-up, ...
 elif objective == 'ldlm':
     if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
