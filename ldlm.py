@@ -2,12 +2,12 @@
 
     h  = features of a chunk of text, from a frozen autoregressive model       z0 = encoder(h)
     zt = alpha_t z0 + sigma_t eps        (t = 0 clean, t = 1 noise)            z_hat = denoiser(zt, t, z_sc)
-    L  = |z_hat - z0|^2  +  |decoder(z0 + sigma eps') - h|^2  +  CE(token_decoder(sg[h_hat]))
+    L  = |z_hat - z0|^2  +  |decoder(z0 + s eps') - h|^2  +  CE(token_decoder(sg[h_hat]))
 
 After LDLM (arXiv 2605.07933, "[P]") as read by the Open-dLLM README ("[R]"); "[S]" marks our own suggestions.
 Four components make joint training work [R]: the decoder is trained by MSE, and the token loss stops at its output;
-the denoiser's gradient reaches the encoder through a warm-up (and is not scaled anywhere else); timesteps are drawn
-so that the loss is linear in a uniform number; the decoder's input is noisy.
+a share of the denoiser's gradient [P: all] reaches the encoder through a warm-up, and is scaled nowhere else;
+timesteps are drawn so that the loss is linear in a uniform number; the decoder's input is noisy.
 
 A row of data is [separator | prefix | chunk], one chunk of a document per row, filled up with EOS, which is modelled.
 
@@ -459,19 +459,19 @@ class LatentModel(nn.Module):
 
 class LDLM(Objective):
     """encoder: an Encoder, frozen; model: a LatentModel, trained. sigma_dec: noise on the decoder's input; 3 [P] is too
-    much where latents are few or narrow: one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits [D].
-    vary_sigma: each row has a level of its own, uniform from 0 to sigma_dec, so that the decoder knows clean latents
-    [S]; False: all have sigma_dec [R]. encoder_grad: the share of the denoiser's gradient that reaches the encoder
-    after encoder_warmup steps; with all of it [P] latents lost their rank (LOG.md): what is easy to denoise says
-    little. adaptive: AdaptiveTimesteps, else t is uniform. self_cond: the rows of odd number see the model's own first
-    guess [R: one half]. stats_rows: how many rows share the statistics of LatentModel.normalise's gradient. For
-    comparison only: schedule cubic, and feature_loss False, where the token loss trains decoder and encoder, too, in
-    place of |h_hat - h|^2."""
+    much where latents are few or narrow: at that level one holds at most latent_dim / 2 log2(1 + 1 / sigma_dec^2) bits
+    [D]. vary_sigma: each row has a level of its own, uniform from 0 to sigma_dec, so that the decoder knows clean
+    latents [S]; False: all have sigma_dec [R]. encoder_grad: the share of the denoiser's gradient that reaches the
+    encoder after encoder_warmup steps; with all of it [P] latents fell into a few directions, which are easy to
+    denoise, and kept the text in others, too small to survive noise (LOG.md). adaptive: AdaptiveTimesteps, else t is
+    uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]. stats_rows: how many rows
+    share the statistics of LatentModel.normalise's gradient. For comparison only: schedule cubic, and feature_loss
+    False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
     one_chunk_per_row = True
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
-                 encoder_grad=1.0, vary_sigma=True, adaptive=True, self_cond=True, stats_rows=16, schedule='tangent',
+                 encoder_grad=0.1, vary_sigma=True, adaptive=True, self_cond=True, stats_rows=16, schedule='tangent',
                  feature_loss=True):
         super().__init__(model, None, separator, eos_id)
         if model.cfg.prefix_len and not getattr(encoder, 'causal', True):
@@ -479,6 +479,9 @@ class LDLM(Objective):
         if schedule not in ('tangent', 'cubic'):
             raise SystemExit(f"schedule must be tangent or cubic, got {schedule!r}")
         if stats_rows < 1: raise SystemExit(f"stats_rows must be at least 1, got {stats_rows}")
+        if encoder_warmup < 0 or not 0 <= encoder_grad <= 1:
+            raise SystemExit(f"encoder_warmup must be at least 0, encoder_grad from 0 to 1: {encoder_warmup=}, "
+                             f"{encoder_grad=}")
         self.encoder = encoder
         self.settings = dict(sigma_dec=sigma_dec, tangent_d=tangent_d, encoder_warmup=encoder_warmup,
                              encoder_grad=encoder_grad, vary_sigma=vary_sigma, adaptive=adaptive, self_cond=self_cond,
@@ -595,10 +598,9 @@ class LDLM(Objective):
         used = raw.detach() * (w > 0)[:, None, None]                                    # (B, K, latent_dim)
         sums = torch.stack([used.sum(0), used.square().sum(0), n_rows.to(used).expand(used.shape[1:])])
         gram = z0.detach() @ z0.detach().mT                                             # (B, K, K)
-        rank = gram.diagonal(dim1=1, dim2=2).sum(1) ** 2 / gram.square().sum((1, 2))
+        rank = z0.detach().square().sum((1, 2)) ** 2 / gram.float().square().sum((1, 2))
         return loss, dict(denoise=total(diff), features=total(feat), ce=total(ce.view_as(ids).mean(1)),
-                          rank=total(rank),
-                          _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
+                          rank=total(rank), _bins=m.timesteps.bin(t, diff.detach(), (w > 0).to(diff)), _latents=sums)
 
     def after_step(self, stats):
         m = self.model
@@ -615,11 +617,11 @@ class LDLM(Objective):
     @torch.no_grad()
     def validate(self, batches, seed, k=1):
         """denoise: its loss at uniform t, with self-conditioning. features: MSE from clean latents. accuracy: share of
-        tokens decoded right from clean latents, _noisy: with the noise of training, _t: from z_hat at uniform t.
+        tokens decoded right from clean latents, _noisy: with noise sigma_dec, _t: from z_hat at uniform t.
         linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
         between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
         the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
-        score = 1 - accuracy_t [S]: 'best' minimises it; not denoise, which is lowest where latents say nothing."""
+        score = 1 - accuracy_t [S]: 'best' minimises it; not denoise, which is lowest after a collapse."""
         m, s, sums = self.model, self.settings, {}
         for batch in batches:
             batch = self.prepare(batch, seed)

@@ -351,7 +351,7 @@ def ldlm_ablations():
     r = parts('ldlm_ablations')
     nfe = r['config']['nfe'].split(',')[-1]
     lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
-              'with its own noise', 'from z_hat(t)', 'linearity', 'effective rank', 'variance',
+              'at sigma_dec', 'from z_hat(t)', 'linearity', 'effective rank', 'variance',
               f'gen. perplexity, {nfe} steps', 'entropy')]
     for row in sorted(r['results'], key=lambda row: (row['arm'], row['seed'])):
         v, s = row['validation'], row['samples'].get(nfe, {})

@@ -64,8 +64,8 @@ encoder = ''                        # the frozen language model: out_dir, direct
 encoder_layer = -3                  # which of its hidden states; blocks after it are not run
 encoder_device = ''                 # another GPU (cuda:1) or cpu; '' = with the rest
 encoder_cache = ''                  # folder: each row is encoded once, 2 x seq_len x width bytes on disk; '' = no
-encoder_warmup = 0                  # steps until the encoder feels as much of the denoiser's gradient as it ever will
-encoder_grad = 1.0                  # that share; all (the paper's) cost us the latents' rank, 0.1 is safe; 0 = none
+encoder_grad = 0.1                  # share of the denoiser's gradient that reaches the encoder; 1 = all (the paper)
+encoder_warmup = 0                  # steps in which it comes up to that; 0 = at once
 n_latents = 0                       # 0 = one per token of the chunk
 latent_dim = 0                      # bottleneck; 0 = n_embd
 prefix_len = 0                      # tokens of context to continue from; 0 = writes from nothing only
@@ -74,8 +74,8 @@ decoder_layers = 3                  # of the token decoder
 perceiver_block = 'joint'           # joint (the paper's size) or split (Open-dLLM's)
 perceiver_skip = True               # queries start with the input at their place; False: as in the paper
 dit_adaln = True                    # False: plain blocks (Open-dLLM's size)
-sigma_dec = 3.0                     # noise on the decoder's input
-vary_sigma = True                   # each row has a level of its own up to that; False: all have it (the paper)
+sigma_dec = 3.0                     # noise on the decoder's input, the most of it
+vary_sigma = True                   # each row's own, uniform in [0, sigma_dec]; False: sigma_dec (the paper)
 tangent_d = 3.0                     # of the noise schedule
 adaptive = True                     # timesteps that make the loss linear; False: uniform
 self_cond = True                    # half of the rows see the model's own guess
@@ -276,7 +276,10 @@ elif not fresh:
     obj, tok = checkpoint.load_checkpoint(init_from, objective, encoder_device=encoder_device,
                                           encoder_cache=encoder_cache, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
-    if objective == 'ldlm': obj.settings |= {k: config[k] for k in obj.settings}        # noise, warm-up, ...
+    if objective == 'ldlm':                                 # what is learned, as the command line has it
+        if changed := {k: config[k] for k, v in obj.settings.items() if config[k] != v}:
+            say(f"{init_from} was trained otherwise, this run has {changed}")
+        obj = LDLM(obj.encoder, obj.model, obj.separator, obj.eos_id, **{k: config[k] for k in obj.settings})
 elif objective == 'ldlm':
     if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
@@ -536,7 +539,8 @@ while step < max_iters and not time_is_up:
         mfu = dict(mfu=flops_per_token * speed / peak_flops) if peak_flops else {}
         ratios = {k: (v[0] / v[1]).tolist() for k, v in reduced.items() if k[0] != '_'}     # nan: empty
         show = f"loss {train_loss:.3f} | {speed / 1e3:.1f}k tok/s"
-        show += ''.join(f' | {k} {x:.3g}' for k, x in ratios.items() if isinstance(x, float))
+        scalars = {k: x for k, x in ratios.items() if isinstance(x, float)}
+        show += ''.join(f' | {k} {x:.3g}' for k, x in scalars.items() if len(scalars) > 1)
         show += ''.join(f' | MFU {x:.1%}' for x in mfu.values())
         bar.set_postfix_str(show)
         if bar.disable: say(f"step {step}/{max_iters}: {show} | lr {lr * scale:.1e} | ETA "

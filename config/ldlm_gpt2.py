@@ -23,6 +23,7 @@ sigma_dec = 3.0
 vary_sigma = False
 tangent_d = 3.0
 encoder_warmup = 50000
+encoder_grad = 1.0
 global_batch_size = 1024
 micro_batch_size = 128
 max_iters = 500000

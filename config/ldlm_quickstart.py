@@ -1,7 +1,7 @@
 # A latent diffusion model of Python code on the features of a small autoregressive model of our own, on two CPU cores.
 #   python train.py config/quickstart.py --objective=ar --out_dir=out/quickstart_ar      # the encoder: three minutes
-#   python train.py config/ldlm_quickstart.py
-# Sizes and noise are our suggestion [S]: sigma_dec = 1 and one latent of 128 per token hold up to 64 bits per token.
+#   python train.py config/ldlm_quickstart.py                                           # four to seven more
+# Sizes and noise are our suggestion [S]: at sigma_dec = 1 a latent of 128, one per token, holds up to 64 bits.
 objective = 'ldlm'
 out_dir = 'out/ldlm_quickstart'
 encoder = 'out/quickstart_ar'
@@ -18,7 +18,6 @@ perceiver_layers = 2
 decoder_layers = 1
 sigma_dec = 1.0
 encoder_warmup = 100
-encoder_grad = 0.1          # with all of the denoiser's gradient the latents lose their rank: LOG.md
 global_batch_size = 32
 max_iters = 500
 ema_decay = 0.99

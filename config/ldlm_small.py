@@ -1,7 +1,7 @@
 # Latent diffusion of Python code, ~100M trainable parameters, one H100 [S: sizes of our own, for five minutes or more].
 # The encoder is our own autoregressive model, trained on the same corpus (config/packages_ar.py): say so beside results.
 #   python train.py config/packages_ar.py && python train.py config/ldlm_small.py
-# sigma_dec: at d = 512, sigma 3 leaves at most 39 bits per latent, one latent per token [D].
+# sigma_dec: at d = 512, sigma 3 leaves at most 39 bits per latent (less noise more), one latent per token [D].
 objective = 'ldlm'
 out_dir = 'out/ldlm_small'
 encoder = 'out/packages_ar'
@@ -18,7 +18,6 @@ perceiver_layers = 4
 decoder_layers = 2
 sigma_dec = 3.0
 encoder_warmup = 300
-encoder_grad = 0.1          # with all of the denoiser's gradient the latents lose their rank: LOG.md
 global_batch_size = 512
 micro_batch_size = 256
 max_iters = 2500

@@ -30,7 +30,7 @@ B, C = dict(feature_loss=False), dict(encoder_warmup=0, encoder_grad=1.0)
 D, E = dict(adaptive=False), dict(sigma_dec=0.0)
 ARMS = dict(A=('everything', {}),
             B=('cross-entropy through the latents in place of the MSE', B),
-            C=('the encoder feels all of the denoiser at once', C),
+            C=('the encoder feels all of the denoiser at once (against P: no warm-up)', C),
             D=('uniform timesteps', D),
             E=('no noise on the decoder\'s input', E),
             F=('B, C, D and E', B | C | D | E),
@@ -38,8 +38,8 @@ ARMS = dict(A=('everything', {}),
             H=('schedule 1 - t^3', dict(schedule='cubic')),
             I=('latents of 128 dimensions, sigma for 39 bits each', dict(
                 latent_dim=128, sigma_dec=capacity_sigma(128, 39))),       # 39: of the 512 dimensions of A at sigma 3
-            S=('the same noise on all decoder inputs (the paper)', dict(vary_sigma=False)),
-            P=('after the warm-up the encoder feels all of the denoiser (the paper)', dict(encoder_grad=1.0)))
+            S=('the same noise on all decoder inputs', dict(vary_sigma=False)),
+            P=('after the warm-up the encoder feels all of the denoiser', dict(encoder_grad=1.0)))
 
 
 def run(script, **settings):

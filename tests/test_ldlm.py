@@ -89,6 +89,11 @@ def test_warm_up_values():
     assert encoder_grad_scale(100, 100) == encoder_grad_scale(500, 100) == encoder_grad_scale(0, 0) == 1
 
 
+def test_shares_out_of_range():
+    for wrong in (dict(encoder_warmup=-1), dict(encoder_grad=-0.1), dict(encoder_grad=2.0)):
+        with pytest.raises(SystemExit, match='encoder_grad from 0 to 1'): tiny(settings=wrong)
+
+
 def gradients(o, batch):
     o.zero_grad()
     o(batch)[0].backward()

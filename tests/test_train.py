@@ -236,6 +236,8 @@ def test_a_latent_run_resumes_exactly(train, monkeypatch):
     assert val['estimator'] == 'none: no likelihood'
     exported, _ = checkpoint.load_checkpoint('whole/export')
     assert exported.sample([tok.encode('3 times')], 8, n_steps=2)[1] == 2
+    with pytest.raises(SystemExit, match="schedule must be"):
+        train('wrong', **LATENT | dict(init_from='whole', schedule='cosine'))
     more = train('more', **LATENT | dict(init_from='whole', sigma_dec=1.25, max_iters=1))
     assert more['obj'].settings['sigma_dec'] == 1.25 and more['obj'].model.timesteps.n_updates == 7
 
