@@ -100,7 +100,7 @@ def evaluation():
              'MBPP pass@1 / @10', 'single lines, pass@1', 'exact', 'several lines, pass@1', 'exact',
              'random spans, pass@1', 'exact', 'SantaCoder-FIM, exact')]
     for name, label in (('weights', '`weights/`, 11.7M, masked diffusion'),
-                        ('aligned', 'SmolLM2-135M-Instruct (4-bit), made a masked diffusion model'),
+                        ('converted', 'SmolLM2-135M-Instruct (4-bit), made a masked diffusion model'),
                         ('smollm2', 'SmolLM2-135M-Instruct (4-bit), autoregressive, prefix alone')):
         if not (HERE / f'results/{name}_infill_single.json').exists(): continue
         code, holes = load(f'{name}_humaneval')['results']['humaneval'], []

