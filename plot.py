@@ -21,10 +21,11 @@ def load(name):
     return json.loads((HERE / 'results' / f'{name}.json').read_text())
 
 
-def parts(name):
-    """results/name.json, with the rows of name_*.json, runs beside it, behind its own."""
-    files = [name, *sorted(f.stem for f in (HERE / 'results').glob(f'{name}_*.json'))]
-    return load(name) | dict(results=[row for file in files for row in load(file)['results']])
+def load_all(name):
+    """results/name.json, with the rows of name_*.json, the parts of the run that another GPU took, behind its own."""
+    runs = [load(name), *(load(f.stem) for f in sorted((HERE / 'results').glob(f'{name}_*.json')))]
+    assert len({run['hardware'] for run in runs}) == 1, f'{name}: results of different hardware'
+    return runs[0] | dict(results=[row for run in runs for row in run['results']])
 
 
 def table(*rows):
@@ -172,7 +173,8 @@ def step_profile():
                   attention="attention, cuDNN's", triton='our kernels', optimizer='AdamW and clipping',
                   fused="what torch.compile fuses", copies='copies', other="PyTorch's other kernels")
     rows = [(f"of {r['median_ms']:.1f} ms, {r['tokens_per_s'] / 1e3:.1f}k tokens/s", 'ms', 'share')]
-    rows += [(label, f'{ms[k]:.1f}', f'{ms[k] / sum(ms.values()):.0%}') for k, label in labels.items()]
+    labels['idle'], ms['idle'] = 'no kernel', r['median_ms'] - sum(ms.values())
+    rows += [(label, f'{ms[k]:.1f}', f"{ms[k] / r['median_ms']:.0%}") for k, label in labels.items()]
     return table(*rows)
 
 
@@ -324,7 +326,7 @@ OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), (2061, 3616)), 'qwen3_6_27
 
 def ldlm_speed():
     """Batch 1, 64 tokens: ours at its fastest way, the plain loop; then larger batches and more tokens."""
-    r = parts('ldlm_speed')
+    r = load_all('ldlm_speed')
     rows = [r for r in r['results'] if 'ms' in r]
     sizes = {p['shape']: p['parameters'] for p in r['results'] if p['way'] == 'weights'}
     group = {}
@@ -348,7 +350,7 @@ def ldlm_speed():
 
 
 def ldlm_ablations():
-    r = parts('ldlm_ablations')
+    r = load_all('ldlm_ablations')
     nfe = r['config']['nfe'].split(',')[-1]
     lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
               'at sigma_dec', 'from z_hat(t)', 'linearity', 'effective rank', 'variance',

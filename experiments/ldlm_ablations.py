@@ -49,11 +49,13 @@ def run(script, **settings):
     subprocess.run(command, check=True)
 
 
+def settings_of(arm): return dict(encoder_warmup=round(0.4 * max_iters)) | ARMS[arm][1]
+
+
 def run_arm(arm, seed):
     """-> a row of the result."""
-    label, settings = ARMS[arm]
+    label, settings = ARMS[arm][0], settings_of(arm)
     folder = f'{out_dir}/{arm}-{seed}-{max_iters}'      # train.py would go on with a shorter run, its schedule spoilt
-    settings = dict(encoder_warmup=round(0.4 * max_iters)) | settings
     run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, max_minutes=0, eval_interval=0,
         save_interval=0, result='', **settings)
     trained = json.loads(Path(folder, 'result.json').read_text())
@@ -87,7 +89,9 @@ if __name__ == '__main__':
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
     for arm in arms.split(','):
         for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):
-            if any((row['arm'], row['seed']) == (arm, seed) for row in rows): continue
+            if old := [row for row in rows if (row['arm'], row['seed']) == (arm, seed)]:
+                if old[0]['settings'] == settings_of(arm): continue
+                raise SystemExit(f"{result} has another arm {arm}: delete it or choose another one")
             rows.append(run_arm(arm, seed))
             write_json(Path(result), provenance('cuda' if torch.cuda.is_available() else 'cpu', started)
                        | dict(results=rows, config=config))

@@ -651,6 +651,10 @@ def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     for words, what in ((['--max_iters=30'], 'max_iters 20'), (['--max_iters=20', '--nfe=4'], 'nfe')):
         with pytest.raises(SystemExit, match=f'other settings .{what}'): ablations('--arms=E', *words)
     assert len(runs) == 4
+    r = json.loads((tmp_path / 'r.json').read_text())
+    r['results'][0]['settings']['encoder_warmup'] = 9
+    (tmp_path / 'r.json').write_text(json.dumps(r))
+    with pytest.raises(SystemExit, match='another arm A'): ablations('--arms=A', '--max_iters=20')
 
 
 # ---- encoder and data --------------------------------------------------------------------------------------
