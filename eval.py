@@ -366,7 +366,8 @@ if __name__ == '__main__':
             train = corpus('train') if task == 'samples' else None
             drawn = samples(obj, tok, train, prompts, length, sampler, batch_size, s['seed'])
         if task == 'samples': return drawn
-        return dict(scorer=scorer) | perplexity(reader, reader_tok, drawn['texts'], before, batch_size, device) | drawn
+        read = perplexity(reader, reader_tok, drawn['texts'], before, batch_size, device)
+        return dict(scorer=scorer) | read | drawn | dict(texts=drawn['texts'][:32])         # of many points, enough
 
     def finished(results):
         return provenance(device, started) | dict(
