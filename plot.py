@@ -281,7 +281,8 @@ def alignment():
         for arm in labels:
             if arm not in found: continue
             r = found[arm]['runs'][0]
-            other = f" (on another machine: {r['hardware']})" * (r.get('hardware') != found[goal]['runs'][0].get('hardware'))
+            here, there = (run.get('hardware') for run in (r, found[goal]['runs'][0]))
+            other = f' (another machine: {here})' * (here != there)
             rows.append((labels[arm] + other, ', '.join(bits(r['validation']) for r in found[arm]['runs']),
                          f"{r['tokens'] / 1e6:.1f}M", f"{found[arm]['speed'] / 1e3:.0f}k",
                          f"{r['peak_gib'] or 0:.1f} GiB", *race(found, arm, goal),
