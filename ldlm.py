@@ -467,7 +467,7 @@ class LDLM(Objective):
     uniform. self_cond: the rows of odd number see the model's own first guess [R: one half]. stats_rows: how many rows
     share the statistics of LatentModel.normalise's gradient. For comparison only: schedule cubic, and feature_loss
     False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
-    name, estimator, judge = 'ldlm', 'none: no likelihood', 'score'
+    name, estimator, judge = 'ldlm', 'none: no likelihood', ''
     one_chunk_per_row = True
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
@@ -621,7 +621,8 @@ class LDLM(Objective):
         linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
         between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
         the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
-        score = 1 - accuracy_t [S]: 'best' minimises it; not denoise, which is lowest after a collapse."""
+        None of them tells which checkpoint writes best (denoise is lowest after a collapse, accuracy_t ends flat), so
+        the newest counts."""
         m, s, sums = self.model, self.settings, {}
         for batch in batches:
             batch = self.prepare(batch, seed)
@@ -651,7 +652,7 @@ class LDLM(Objective):
         points = torch.stack([loss, torch.arange(16.0, device=loss.device)])[:, loss.isfinite()]
         p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
         p = p / p.sum()
-        return dict(score=1 - at_t, denoise=diff / n_rows, features=feat / n_rows,
+        return dict(denoise=diff / n_rows, features=feat / n_rows,
                     accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
                     linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
                     latent_variance=(square - mean ** 2).mean().item(),

@@ -439,7 +439,7 @@ class Objective(nn.Module):
     every document (None for foreign checkpoints); eos_id ends a sequence."""
     name = estimator = ''                                       # estimator: what kind of number row_nll's is
     shift = True                                                # row i - 1 of the hidden states predicts token i
-    judge = 'nats_per_token'                                    # which number of validate() 'best' minimises
+    judge = 'nats_per_token'                                    # what 'best' minimises of validate(); '' = the newest
     one_chunk_per_row = False                                   # data.Corpus(alone=...): no packing of documents
 
     def __init__(self, model: Transformer, mask_id=None, separator=None, eos_id=None):

@@ -327,28 +327,60 @@ OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), (2061, 3616)), 'qwen3_6_27
 
 
 def ldlm_speed():
-    """Batch 1, 64 tokens: ours at its fastest way, the plain loop; then larger batches and more tokens."""
+    """Batch 1, 64 tokens: the sampler's graph, the same compiled, the plain loop; then larger batches, more tokens."""
     r = load_all('ldlm_speed')
-    rows = [r for r in r['results'] if 'ms' in r]
+    right = lambda row: 'ms' in row and (row.get('rel_error', 0) or 0) < 0.1 and row.get('rel_error', 0) is not None
     sizes = {p['shape']: p['parameters'] for p in r['results'] if p['way'] == 'weights'}
+    label = lambda shape: f"{shape}, {sizes[shape] / 1e9:.2f}B"
     group = {}
-    for row in rows: group.setdefault((row['shape'], row['tokens'], row['batch'], row['steps']), {})[row['way']] = row
-    right = lambda way: way.get('rel_error', 0) is not None and way.get('rel_error', 0) < 0.1       # None: it was nan
-    lines = [(f"64-token chunks and longer, {r['hardware']}, bf16", 'batch', 'steps', 'tokens/s', 'ms', 'reads',
-              'of the limit', 'plain loop', 'Open-dLLM, published', 'its script on an H100')]
+    for row in filter(right, r['results']):
+        group.setdefault((row['shape'], row['tokens'], row['batch'], row['steps']), {})[row['way']] = row
+    one = [(f"64 tokens, batch 1, {r['hardware']}, bf16", 'steps', 'ms', 'tokens/s', 'must read', 'of the limit',
+            'torch.compile, tokens/s', 'of the limit', 'plain loop, tokens/s', 'Open-dLLM, published (RTX 5090, fp32)',
+            'its script on an H100, bf16')]
+    speed = lambda way, key, form=',.0f': f'{way[key]:{form}}' if way else ''
     for (shape, tokens, batch, steps), ways in group.items():
-        ours = [w for name, w in ways.items() if name != 'eager' and right(w)]
-        if not ours: continue                                           # out of memory, say
-        best = min(ours, key=lambda w: w['ms'])
-        eager = ways.get('eager')
-        others = OPEN_DLLM_LATENT.get(shape, ((), ()))
-        theirs = [f'{pair[(10, 4).index(steps)]:,}' if pair and batch == 1 and tokens == 64 and steps in (10, 4) else ''
-                  for pair in others]
-        lines.append((f"{shape}, {sizes[shape] / 1e9:.2f}B, {tokens} tokens", batch, steps,
-                      f"{best['tokens_per_s']:,.0f}", f"{best['ms']:.2f}", f"{best['read_bytes'] / 1e9:.1f} GB",
-                      f"{best['of_limit']:.0%}" + ' (compute)' * (best['bound'] == 'FLOP'),
-                      f"{eager['tokens_per_s']:,.0f}" if eager else '', *theirs))
-    return table(*lines)
+        if (batch, tokens) != (1, 64) or 'graph' not in ways: continue
+        graph, compiled = ways['graph'], min((w for k, w in ways.items() if k.startswith('compiled')),
+                                             key=lambda w: w['ms'], default=None)
+        theirs = [f'{dict(zip((10, 4), pair))[steps]:,}' for pair in OPEN_DLLM_LATENT.get(shape, ())]
+        one.append((label(shape), steps, f"{graph['ms']:.2f}", speed(graph, 'tokens_per_s'),
+                    f"{graph['read_bytes'] / 1e9:.1f} GB", speed(graph, 'of_limit', '.0%'),
+                    speed(compiled, 'tokens_per_s'), speed(compiled, 'of_limit', '.0%'),
+                    speed(ways.get('eager'), 'tokens_per_s'), *(theirs or ['', ''])))
+    steps = max(k[3] for k in group)
+    batches = sorted({k[2] for k in group})
+    many = [(f'tokens/s, {steps} steps', *(f'batch {b}' for b in batches))]
+    for shape, tokens in dict.fromkeys(k[:2] for k in group):
+        found = [group.get((shape, tokens, b, steps), {}).get('graph') for b in batches]
+        if sum(map(bool, found)) > 1: many.append((f'{label(shape)}, {tokens} tokens', *(
+            speed(w, 'tokens_per_s') and f"{speed(w, 'tokens_per_s')} ({w['of_limit']:.0%} of the {w['bound']} limit)"
+            for w in found)))
+    return table(*one) + '\n\n' + table(*many)
+
+
+LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_lr4_continued', 'ldlm_real')
+
+
+def ldlm_samples():
+    """Continuations of unseen documents: perplexity under another model, entropy, speed."""
+    names = dict(ar='autoregressive', mdm='masked diffusion', ldlm='latent diffusion')
+    found = [load(name) for name in LDLM_SAMPLES]
+    lines = [('perplexity under ' + found[0]['config']['scorer'], 'settings', 'steps', 'perplexity', 'entropy',
+              'lines that parse', f"tokens/s, batch {found[0]['config']['batch_size']}, {found[0]['hardware']}")]
+    for r in found:
+        rows = []
+        for name, x in r['results'].items():
+            task, *settings = name.split(',')
+            steps = next((int(y[8:]) for y in settings if y.startswith('n_steps=')), None)
+            if steps not in (None, 4, 8, 32, 128): continue
+            others, real = ', '.join(y.replace('=', ' ') for y in settings if 'n_steps' not in y), task == 'real_ppl'
+            rows.append((others, steps or 0, 'what the documents say' if real else names[r['model']['objective']], x, real))
+        for others, steps, label, x, real in sorted(rows, key=lambda row: row[:2]):
+            lines.append((label, others, steps or ('' if real else x['settings']['max_new_tokens']), f"{x['gen_ppl']:.1f}",
+                          f"{x['token_entropy']:.2f}", f"{x['lines_that_parse']:.0%}",
+                          '' if real else f"{x['tokens_per_s'] / 1e3:.1f}k"))
+    return '![Perplexity, entropy, speed](results/ldlm_pareto.png)\n\n' + table(*lines)
 
 
 def ldlm_ablations():
@@ -366,7 +398,8 @@ def ldlm_ablations():
     return table(*lines)
 
 
-PENDING = dict(ldlm_speed=ldlm_speed, ldlm_ablations=ldlm_ablations)    # drawn where README.md has the block already
+# drawn where README.md has the block already
+PENDING = dict(ldlm_speed=ldlm_speed, ldlm_samples=ldlm_samples, ldlm_ablations=ldlm_ablations)
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
               canonical=canonical, sandbox=sandbox, speed=speed, step_profile=step_profile, kernel_speed=kernel_speed,
               alignment=alignment, **PENDING)
@@ -427,9 +460,9 @@ def results_table(files, as_csv=False):
     return text.getvalue()
 
 
-def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None, notes=()):
-    """lines: {label: (xs, ys)}; notes: {label: a text per point}. beside: xlabel and lines of a second panel. log_x:
-    with a tick at every x; with notes without."""
+def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None, notes=(), log_y=False):
+    """lines: {label: (xs, ys)}; notes: {label: a text per point}. beside: xlabel and lines of a second panel. log_x: of
+    the last panel, with a tick at every x; with notes without."""
     try:
         import matplotlib
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
@@ -443,7 +476,8 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
             ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
             for x, y, note in zip(xs, ys, dict(notes).get(label, [])):
                 ax.annotate(note, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-        if log_x: ax.set_xscale('log')
+        if log_x and ax is axes[0, -1]: ax.set_xscale('log')
+        if log_y: ax.set_yscale('log')
         if log_x and not notes:
             ticks = sorted({x for xs, _ in lines.values() for x in xs})
             ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
@@ -453,7 +487,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
             ax.set_xticks(range(1, 1 + max(max(xs) for xs, _ in lines.values())))
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
-        if ax is axes[0, -1]: ax.legend(frameon=False, fontsize=8)
+        if ax is axes[0, 0 if notes else -1]: ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(out)
     print(f"wrote {out}")
@@ -492,20 +526,28 @@ def sweep_lines(result, metric):
 
 
 def pareto(files, out):
-    """Perplexity of samples against their entropy, a line per model, a point per number of steps: low perplexity with
-    low entropy is repetition. From eval.py --tasks=gen_ppl, with or without --sweep=n_steps=..."""
-    lines, notes, scorers = {}, {}, set()
+    """Perplexity of samples against the entropy of their tokens and against speed, a line per model and settings, a
+    point per number of steps: low perplexity with low entropy is repetition. From eval.py --tasks=gen_ppl, with or
+    without --sweep=n_steps=...; real_ppl is a point."""
+    by_entropy, by_speed, notes, scorers = {}, {}, {}, set()
     for f in files:
         result = eval_result(f)
         points = {name: r for name, r in result['results'].items() if r.get('gen_ppl')}
         if not points: raise SystemExit(f"{f} has no gen_ppl")
-        label = f"{result['model']['path']} ({result['model']['objective']})"
-        lines[label] = [[r[k] for r in points.values()] for k in ('gen_ppl', 'token_entropy')]
-        notes[label] = [name.split('n_steps=')[-1] if 'n_steps=' in name else '' for name in points]
-        scorers |= {r['scorer'] for r in points.values()}
+        for name, r in points.items():
+            task, *settings = name.split(',')
+            rest = [x for x in settings if not x.startswith('n_steps=')]
+            model = f"{Path(result['model']['path']).name} ({result['model']['objective']})"
+            label = ', '.join(['what the documents say' if task == 'real_ppl' else model, *rest])
+            for lines, x in ((by_entropy, 'token_entropy'), (by_speed, 'tokens_per_s')):
+                if x not in r: continue
+                xs, ys = lines.setdefault(label, ([], []))
+                xs.append(r[x]), ys.append(r['gen_ppl'])
+            notes.setdefault(label, []).append(next((x[8:] for x in settings if x.startswith('n_steps=')), ''))
+            scorers.add(r['scorer'])
     if len(scorers) > 1: raise SystemExit(f"perplexities of different scorers: {', '.join(sorted(scorers))}")
-    figure('numbers: steps', f'perplexity of samples under {scorers.pop()}', 'entropy of their tokens, nats', lines,
-           out, log_x=True, notes=notes)
+    figure('', 'entropy of the tokens, nats', f'perplexity under {scorers.pop()}', by_entropy, out, log_x=True,
+           beside=('tokens/s', by_speed) if by_speed else None, notes=notes, log_y=True)
 
 
 def training_curves(files, metric, x):
@@ -556,4 +598,5 @@ if __name__ == '__main__':
         if not check:
             readme.write_text(new)
             alignment_figure(HERE / 'results/alignment.png')
+            pareto([f'{HERE}/results/{name}.json' for name in LDLM_SAMPLES], HERE / 'results/ldlm_pareto.png')
         elif old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")

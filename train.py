@@ -314,7 +314,7 @@ if fresh and not resume_from:
 if best:                                            # what the next one has to beat, if measured alike
     judged = json.loads((best / 'state.json').read_text())
     if all(judged['config'][k] == config[k] for k in ('eval_rows', 'eval_draws', 'eval_seed', 'val_split')):
-        best_val = judged['val'][obj.judge]
+        best_val = judged['val'].get(obj.judge, math.inf)
 
 groups, optimizers = obj.param_groups(weight_decay), []
 if optimizer == 'muon':             # the blocks' matrices; embedding, head and vectors stay with AdamW
@@ -453,8 +453,8 @@ def evaluate(step, n_rows, name='val'):
     evaluated = step
     if is_main:
         record(step, **{f'{name}_{k}': v for k, v in val.items()})
-        if name == 'val' and step and val[obj.judge] < best_val:
-            best_val = val[obj.judge]
+        if name == 'val' and step and (not obj.judge or val[obj.judge] < best_val):
+            best_val = val.get(obj.judge, math.inf)
             with ema.applied(): checkpoint.save_checkpoint(out, 'best', obj, tok, run_state(step, val))
     return val
 

@@ -38,7 +38,7 @@ ARMS = dict(A=('everything', {}),
             H=('schedule 1 - t^3', dict(schedule='cubic')),
             I=('latents of 128 dimensions, sigma for 39 bits each', dict(
                 latent_dim=128, sigma_dec=capacity_sigma(128, 39))),       # 39: of the 512 dimensions of A at sigma 3
-            L=('learning rate 4e-3', dict(lr=4e-3)),
+            L=('learning rate 2e-3', dict(lr=2e-3)),
             S=('the same noise on all decoder inputs', dict(vary_sigma=False)),
             P=('after the warm-up the encoder feels all of the denoiser', dict(encoder_grad=1.0)))
 
