@@ -375,11 +375,13 @@ def ldlm_samples():
             steps = next((int(y[8:]) for y in settings if y.startswith('n_steps=')), None)
             if steps not in (None, 4, 8, 32, 128): continue
             others, real = ', '.join(y.replace('=', ' ') for y in settings if 'n_steps' not in y), task == 'real_ppl'
-            rows.append((others, steps or 0, 'what the documents say' if real else names[r['model']['objective']], x, real))
-        for others, steps, label, x, real in sorted(rows, key=lambda row: row[:2]):
-            lines.append((label, others, steps or ('' if real else x['settings']['max_new_tokens']), f"{x['gen_ppl']:.1f}",
-                          f"{x['token_entropy']:.2f}", f"{x['lines_that_parse']:.0%}",
-                          '' if real else f"{x['tokens_per_s'] / 1e3:.1f}k"))
+            label = 'what the documents say' if real else names[r['model']['objective']]
+            rows.append((others, steps or 0, label, x))
+        for others, steps, label, x in sorted(rows, key=lambda row: row[:2]):
+            steps = steps or x.get('settings', {}).get('max_new_tokens', '')
+            speed = f"{x['tokens_per_s'] / 1e3:.1f}k" if 'tokens_per_s' in x else ''
+            lines.append((label, others, steps, f"{x['gen_ppl']:.1f}", f"{x['token_entropy']:.2f}",
+                          f"{x['lines_that_parse']:.0%}", speed))
     return '![Perplexity, entropy, speed](results/ldlm_pareto.png)\n\n' + table(*lines)
 
 
