@@ -58,7 +58,7 @@ def run_arm(arm, seed):
     label, settings = ARMS[arm][0], settings_of(arm)
     folder = f'{out_dir}/{arm}-{seed}-{max_iters}'      # train.py would go on with a shorter run, its schedule spoilt
     run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, max_minutes=0, eval_interval=0,
-        save_interval=0, result='', **settings)
+        save_interval=0, final_eval_rows=eval_rows, result='', **settings)
     trained = json.loads(Path(folder, 'result.json').read_text())
     row = dict(arm=arm, label=label, seed=seed, settings=settings, validation=trained['validation'], samples={},
                **{k: trained[k] for k in ('parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s')})
@@ -80,6 +80,7 @@ if __name__ == '__main__':
     twice = 'A,F'                               # arms that a second seed is for
     max_iters = 1000                            # the same for all; the warm-up takes 40% of them
     scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
+    eval_rows = 2048                            # of the validation split
     n_samples = 256
     nfe = '4,8,16,32,64,128'
     prompt_len = 64                             # tokens of unseen documents that the samples continue
@@ -87,7 +88,7 @@ if __name__ == '__main__':
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
-    rows, shared = there['results'], ('config_file', 'max_iters', 'scorer', 'n_samples', 'prompt_len', 'nfe')
+    rows, shared = there['results'], ('config_file', 'max_iters', 'eval_rows', 'scorer', 'n_samples', 'prompt_len', 'nfe')
     if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
