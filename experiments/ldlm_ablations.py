@@ -88,7 +88,7 @@ if __name__ == '__main__':
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
-    rows, shared = there['results'], ('config_file', 'max_iters', 'eval_rows', 'scorer', 'n_samples', 'prompt_len', 'nfe')
+    rows, shared = there['results'], 'config_file max_iters eval_rows scorer n_samples prompt_len nfe'.split()
     if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
