@@ -11,6 +11,7 @@ the number of processes. All points of a sweep share it, so that they differ by 
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -146,10 +147,13 @@ def generate_all(obj, tok, problems, log):
 
 def complete(problem, sample):
     """The program's problem and completion. Where blanks were left to the model and it wrote others, the program is
-    what the model saw and wrote, not what it was supposed to."""
-    if not sample['raw'].startswith(sample['blanks']):
-        return replace(problem, prompt=problem.prompt.removesuffix(sample['blanks'])), sample['raw']
-    raw = sample['raw'].removeprefix(sample['blanks'])
+    what the model saw and wrote, not what it was supposed to. But before a hole of whole lines the prompt's blank lines
+    stand, however many it wrote."""
+    raw, blanks = sample['raw'], sample['blanks']
+    lines = benchmarks.TASKS[problem.task].kind == 'lines' and blanks.endswith('\n')
+    if lines and (own := re.match(r'\s*\n', raw)): raw = raw[own.end():]
+    elif raw.startswith(blanks): raw = raw.removeprefix(blanks)
+    else: problem = replace(problem, prompt=problem.prompt.removesuffix(blanks), answer=blanks + problem.answer)
     return problem, benchmarks.extract(problem, raw, sample['length'] == 'prefix')
 
 
