@@ -47,7 +47,7 @@ def make_jobs(obj, tok, problems, n_samples, lengths, max_new_tokens):
     GPT-2's kind of tokenizer joins a line break and the blanks that follow in one token, so that after a prompt that
     ends in a line break no indented line ever comes. There, what blanks the prompt ends in are left to the model, and
     the line break that ends a hole of whole lines is given, as its token belongs to the suffix."""
-    jobs, joins = [], tok.encode('\n    x') != tok.encode('\n') + tok.encode('    x')
+    jobs, joins = [], tok.joins_blanks()
     for p in problems:
         blanks = p.prompt[len(p.prompt.rstrip()):] if joins else ''
         ends = '\n' if joins and benchmarks.TASKS[p.task].kind == 'lines' else ''
