@@ -53,7 +53,10 @@ def test_steps_and_minutes_to_a_loss(folder):
     assert lines[0].startswith('![') and len({line.count('|') for line in lines[2:]}) == 1
     assert '<= 1.210, <= 1.420' in lines[4] and len(lines) == 7
     plot.alignment_figure(folder / 'x.png')
-    assert (folder / 'x.png').stat().st_size > 10_000
+    assert (folder / 'x.png').stat().st_size > 10_000 and not (folder / 'x_gradient.png').exists()
+    write(folder, 'gradient_broken', 1, [4.0, 3.0, 2.0, 1.5])
+    plot.alignment_figure(folder / 'x.png')
+    assert (folder / 'x_gradient.png').stat().st_size > 10_000 and 'alignment_gradient.png' in plot.alignment()
 
 
 def test_the_cost_of_alignment(folder):
