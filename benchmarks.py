@@ -130,6 +130,7 @@ _MBPP = ('The prompt of lm-evaluation-harness, ending in [BEGIN], no shots; cut 
          'before one instead of the code. And the limit is longer than 3 s. ')
 _PLUS = 'Tests need numpy; that of {} is said to {}.'
 _HOLE = 'All of the filled hole is the middle. With the prefix alone: as many {} as the canonical middle. '
+_LINES = _HOLE.format('lines') + 'They count from the first that is not blank. '
 
 TASKS = dict(
     humaneval=Task('complete', 164, _humaneval, HUMANEVAL, _human_eval, stops=STOPS,
@@ -146,10 +147,10 @@ TASKS = dict(
                    revision='b2d74c91837c3f2a20c1299ae98133cbe7cfa077',
                    notes=_MBPP + _PLUS.format('Mbpp/255', 'need more than 2 GiB')),
     infill_single=Task('lines', 1033, _humaneval, HOLES, lambda: _line_holes(False),
-                       notes='The official set, rebuilt from HumanEval. ' + _HOLE.format('lines')),
+                       notes='The official set, rebuilt from HumanEval. ' + _LINES),
     infill_multi=Task('lines', 5815, _humaneval, HOLES, lambda: _line_holes(True),
                       notes='Rebuilt from HumanEval by the rule of the single-line set; not in their tables. '
-                            + _HOLE.format('lines')),
+                            + _LINES),
     infill_random=Task('span', 1640, _humaneval, HOLES, _span_holes,
                        notes='Without the official file not the official draw (its seed is unknown) but one '
                              'like it; not in their tables. ' + _HOLE.format('characters')),
@@ -269,8 +270,9 @@ def extract(problem, raw, left_to_right=False):
     """Raw text (decoded without special tokens) -> completion. left_to_right: the hole was filled by a model
     that saw the prefix alone and could not know where to end."""
     kind = TASKS[problem.task].kind
-    if kind == 'lines' and left_to_right:
-        return '\n'.join(raw.split('\n')[:max(1, problem.answer.count('\n'))]) + '\n'
+    if kind == 'lines' and left_to_right:                           # from the first line that is not blank
+        lines = re.sub(r'^\s*\n', '', raw).split('\n')
+        return '\n'.join(lines[:max(1, problem.answer.count('\n'))]) + '\n'
     if kind == 'span' and left_to_right: return raw[:len(problem.answer)]
     if kind not in ('complete', 'answer'): return raw
     text = _cut(raw, problem.stops) if kind == 'answer' else raw

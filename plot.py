@@ -95,7 +95,8 @@ PUBLISHED = {
 
 
 def evaluation():
-    """Ours from results/<name>_{val,humaneval,infill_single,infill_multi,infill_random}.json; the rest as published."""
+    """Ours from results/<name>_{val,humaneval,infill_single,infill_multi,infill_random}.json, SmolLM2's bits per byte
+    on 512 rows from alignment_teacher.json; the rest as published."""
     pair = lambda values: ' / '.join('-' if v is None else f'{v:.1f}' for v in values) if values else ''
     rows = [('percent; holes: average over lengths / oracle length', 'networkx, bits/byte', 'HumanEval pass@1 / @10',
              'MBPP pass@1 / @10', 'single lines, pass@1', 'exact', 'several lines, pass@1', 'exact',
@@ -110,7 +111,8 @@ def evaluation():
             lengths = r['by_length'] if 'by_length' in r else dict(oracle=r)
             groups = [r] if name == 'smollm2' else [r.get('average'), lengths['oracle']]
             holes += [pair([g and 100 * g[k] for g in groups]) if r else '' for k in ('pass@1', 'exact_match')]
-        rows.append((label, bits(load(f'{name}_val')['results']['nll']),
+        val = 'alignment_teacher' if name == 'smollm2' else f'{name}_val'
+        rows.append((label, bits(load(val)['results']['nll']),
                      pair([100 * code['pass@1'], 100 * code['pass@10']]), '', *holes, ''))
     for name, p in PUBLISHED.items():
         rows.append((f'{name} (published)', '', pair(p.get('humaneval')), pair(p.get('mbpp')), pair(p['infill']),
@@ -277,7 +279,7 @@ def alignment():
         if goal not in found: continue
         short = 'scratch' in found and goal == 'plain'                 # the race against (d), too
         rows = [(title, 'bits/byte', 'tokens', 'tokens/s', 'peak memory', "steps to the first row's loss", 'minutes',
-                 *['steps to that of (d)', 'minutes'] * short)]
+                 *['steps to the loss that (d) ends at', 'minutes'] * short)]
         for arm in labels:
             if arm not in found: continue
             r = found[arm]['runs'][0]
@@ -295,6 +297,8 @@ def alignment():
         if goal == 'own_plain' and 'own_ar' in found:
             rows.append(('itself, left to right (exact)', bits(found['own_ar']['runs'][0]['validation']), *blank))
         blocks.append(table(*rows))
+        if goal == 'gradient_broken':
+            blocks.append("![Open-dLLM's loss with either gradient](results/alignment_gradient.png)")
     if 'plain' in found: blocks.insert(0, '![Validation loss against steps and time](results/alignment.png)')
     for file in ('bench_align_smollm2', 'bench_align'):
         if not (HERE / f'results/{file}.json').exists(): continue
@@ -313,12 +317,16 @@ def alignment():
 
 
 def alignment_figure(out):
-    shown = 'plain', 'align', 'freeze', 'scratch', 'plain_lr', 'align_lr'
-    found = {arm: f for arm, f in arms().items() if arm in shown}
+    """out, and beside it the curves of Open-dLLM's loss: over steps alone, since the broken gradient is emulated."""
+    found, out = arms(), Path(out)
     label = lambda arm: ARMS[arm][0] + ', 1e-3' * arm.endswith('_lr')
-    panel = lambda x: {label(arm): (f[x][1:], f['bits'][1:]) for arm, f in found.items()}       # after step 0
-    if found: figure('', 'steps', 'validation, bits/byte (upper bound)', panel('steps'), out,
-                     beside=('minutes of training', panel('minutes')))
+    panel = lambda x, of: {label(arm): (found[arm][x][1:], found[arm]['bits'][1:]) for arm in of}     # after step 0
+    for name, shown in (('', 'plain align freeze scratch plain_lr align_lr'.split()),
+                        ('_gradient', GROUPS['gradient_broken'][1])):
+        if of := [arm for arm in shown if arm in found]:
+            beside = None if name else ('minutes of training', panel('minutes', of))
+            figure('', 'steps', 'validation, bits/byte (upper bound)', panel('steps', of),
+                   out.with_stem(out.stem + name), beside=beside)
 
 
 # Tokens/s of Open-dLLM's latent benchmark, 64 tokens, batch 1, (10, 4) steps: its README (RTX 5090, fp32, eager), and

@@ -361,6 +361,10 @@ if __name__ == '__main__':
     except (RuntimeError, AssertionError) as e:
         raise SystemExit(f"--device={device}: {str(e).splitlines()[0]}") from None
 
+    if filling and tok.joins_blanks() and re.search(r'\s<hole|<hole[^<>]*>(\w|[ \t]{2})', infill):
+        print(r"note: this tokenizer joins a line break and the blanks after it: text after a hole should begin with "
+              r"them, text before it not end in them, as in $'):<hole>\n    return'")
+
     # -- sample
     template = [tok.encode(part) if isinstance(part, str) else part for part in parts]
     if chat: template[0] = chat_prompt(prompt, tok)

@@ -11,6 +11,7 @@ the number of processes. All points of a sweep share it, so that they differ by 
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -46,7 +47,7 @@ def make_jobs(obj, tok, problems, n_samples, lengths, max_new_tokens):
     GPT-2's kind of tokenizer joins a line break and the blanks that follow in one token, so that after a prompt that
     ends in a line break no indented line ever comes. There, what blanks the prompt ends in are left to the model, and
     the line break that ends a hole of whole lines is given, as its token belongs to the suffix."""
-    jobs, joins = [], tok.encode('\n    x') != tok.encode('\n') + tok.encode('    x')
+    jobs, joins = [], tok.joins_blanks()
     for p in problems:
         blanks = p.prompt[len(p.prompt.rstrip()):] if joins else ''
         ends = '\n' if joins and benchmarks.TASKS[p.task].kind == 'lines' else ''
@@ -146,10 +147,13 @@ def generate_all(obj, tok, problems, log):
 
 def complete(problem, sample):
     """The program's problem and completion. Where blanks were left to the model and it wrote others, the program is
-    what the model saw and wrote, not what it was supposed to."""
-    if not sample['raw'].startswith(sample['blanks']):
-        return replace(problem, prompt=problem.prompt.removesuffix(sample['blanks'])), sample['raw']
-    raw = sample['raw'].removeprefix(sample['blanks'])
+    what the model saw and wrote, not what it was supposed to. But before a hole of whole lines the prompt's blank lines
+    stand, however many it wrote."""
+    raw, blanks = sample['raw'], sample['blanks']
+    lines = benchmarks.TASKS[problem.task].kind == 'lines' and blanks.endswith('\n')
+    if lines and (own := re.match(r'\s*\n', raw)): raw = raw[own.end():]
+    elif raw.startswith(blanks): raw = raw.removeprefix(blanks)
+    else: problem = replace(problem, prompt=problem.prompt.removesuffix(blanks), answer=blanks + problem.answer)
     return problem, benchmarks.extract(problem, raw, sample['length'] == 'prefix')
 
 

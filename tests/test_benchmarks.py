@@ -310,9 +310,13 @@ def test_all_of_a_filled_hole_is_the_middle(raw):
 @pytest.mark.parametrize('task, answer, raw, completion', [
     ('infill_single', '    y = 1\n', '    y = 2\n    z = 3\n', '    y = 2\n'),
     ('infill_single', '    y = 1\n', '    y = 2', '    y = 2\n'),             # ended by EOS
+    ('infill_single', '    y = 1\n', '\n  \n    y = 2\n    z', '    y = 2\n'),   # a blank line is no answer
+    ('infill_single', '    y = 1\n', '\n\n', '\n'),
+    ('infill_multi', '    y = 1\n    z = 2\n', '\na\n\nb\n', 'a\n\n'),
     ('infill_multi', '    y = 1\n\n    z = 2\n', 'a\nb\nc\nd\n', 'a\nb\nc\n'),
     ('infill_multi', '    y = 1\n    z = 2\n', 'a', 'a\n'),
     ('infill_random', ' = 1\n  ', ' = 2\n    return y', ' = 2\n  '),
+    ('infill_random', '\n    y', '\n\n    y = 2', '\n\n    '),               # there blanks are a part of it
     ('santacoder_fim', 'y = 1', '\ny = 1\nz', '\ny = 1\nz')])                 # exact_match takes the line
 def test_left_to_right_models_do_not_know_where_to_end(task, answer, raw, completion):
     assert bm.extract(problem(task, answer=answer), raw, left_to_right=True) == completion

@@ -53,7 +53,10 @@ def test_steps_and_minutes_to_a_loss(folder):
     assert lines[0].startswith('![') and len({line.count('|') for line in lines[2:]}) == 1
     assert '<= 1.210, <= 1.420' in lines[4] and len(lines) == 7
     plot.alignment_figure(folder / 'x.png')
-    assert (folder / 'x.png').stat().st_size > 10_000
+    assert (folder / 'x.png').stat().st_size > 10_000 and not (folder / 'x_gradient.png').exists()
+    write(folder, 'gradient_broken', 1, [4.0, 3.0, 2.0, 1.5])
+    plot.alignment_figure(folder / 'x.png')
+    assert (folder / 'x_gradient.png').stat().st_size > 10_000 and 'alignment_gradient.png' in plot.alignment()
 
 
 def test_the_cost_of_alignment(folder):
@@ -76,11 +79,20 @@ def test_an_arm_that_ran_out_of_time_is_no_result(folder, tmp_path, monkeypatch,
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, 'run', train)
     monkeypatch.setattr(sys, 'argv', ['alignment.py', '--arms=plain', '--seeds=1,2', f'--results={folder}',
-                                      f'--out_dir={tmp_path}/out'])
+                                      f'--out_dir={tmp_path}/out', '--extra=--device=cpu'])
     with pytest.raises(SystemExit, match="failed.*plain', 2"):
         runpy.run_path(str(ROOT / 'experiments/alignment.py'), run_name='__main__')
     assert [f.name for f in folder.iterdir()] == ['alignment_plain_1.json']
     assert 'FAILED: 200 steps' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('word, says', [('--seeds=one', "numbers, got 'one'"), ('--arms=plian', "unknown arm 'plian'"),
+                                        ('--extra=--lr=1', 'without a GPU')])
+def test_arms_that_cannot_run_end_in_one_line(tmp_path, monkeypatch, word, says):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: word == '--arms=plian')
+    monkeypatch.setattr(sys, 'argv', ['alignment.py', f'--results={tmp_path}', f'--out_dir={tmp_path}/out', word])
+    with pytest.raises(SystemExit, match=says):
+        runpy.run_path(str(ROOT / 'experiments/alignment.py'), run_name='__main__')
 
 
 def test_curves_of_two_runs_are_two_lines(tmp_path):

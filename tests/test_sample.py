@@ -157,6 +157,16 @@ def test_infilling_in_a_process_of_its_own(mdm_dir, tmp_path):
         assert r['text'] in done.stdout
 
 
+def test_a_hole_that_cuts_a_token_in_two(mdm_dir, monkeypatch, capsys):
+    """Bytes never join; a tokenizer that does gets a note."""
+    for joins, infill, noted in ((False, 'a:<hole:2>return', False), (True, 'a:<hole:2>return', True),
+                                 (True, 'a:\n<hole:2>', True), (True, 'a:<hole:2>\n    return', False),
+                                 (True, 'range(<hole:2>):', False)):
+        monkeypatch.setattr('tokenizer.Tokenizer.joins_blanks', lambda self, joins=joins: joins)
+        in_process(monkeypatch, f'--out_dir={mdm_dir}', f'--infill={infill}', '--n=1', '--n_steps=1', '--device=cpu')
+        assert ('joins a line break' in capsys.readouterr().out) is noted, infill
+
+
 def test_prompt_from_a_file_shown_in_a_terminal(mdm_dir, tmp_path, monkeypatch, capsys):
     """Every line ending of the file stays; the terminal gets its cursor back, after Ctrl-C too."""
     (tmp_path / 'prompt.txt').write_bytes('naïve:\r\n'.encode())

@@ -144,6 +144,17 @@ def test_blanks_that_the_model_did_not_write_are_not_given_to_it():
     assert benchmarks.program(*solve.complete(p, wrong)).startswith(p.prompt.removesuffix('\n') + '  # more')
 
 
+def test_blank_lines_before_whole_lines_do_not_count():
+    """The official prompt of a first line ends in one line break too many: no model writes it."""
+    p = next(p for p in benchmarks.load('infill_single', limit=9) if p.prompt.endswith('\n\n'))
+    for breaks in '\n', '\n\n', ' \n', '\n\n\n':
+        for length, after in ('prefix', '\ngarbage('), ('oracle', ''):
+            sample = dict(raw=breaks + p.answer + after, blanks='\n\n', length=length)
+            assert benchmarks.exact_match(*solve.complete(p, sample)), repr(breaks)
+    more, completion = solve.complete(p, dict(raw='# more\n' + p.answer + 'garbage(', blanks='\n\n', length='prefix'))
+    assert benchmarks.program(more, completion).startswith(p.prompt.removesuffix('\n\n') + '# more\n' + p.answer)
+
+
 def test_average_over_lengths_is_per_problem():
     rows = [dict(task_id=t, length=n, passed=ok, status='') for t, n, ok in
             [('a', '4', 1), ('a', '8', 0), ('b', '4', 0), ('b', '8', 0), ('c', '4', 1), ('c', '8', 1)]]

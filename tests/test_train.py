@@ -405,6 +405,7 @@ def test_every_config_is_one(monkeypatch, file):
     (dict(push_to_hub='me'), "push_to_hub must be user/name, got 'me'"),
     (dict(init_from='resume'), 'init_from=resume: there is no checkpoint in run'),
     (dict(init_from='no/such/model', tokenizer='bytes'), 'no/such/model: no such model directory'),
+    (dict(init_from='out/chat'), 'out/chat is not there: first run config/chat.py, if there is such a file, or'),
     (dict(val_split='dev'), "has no split 'dev', only train, val"),
     (dict(seq_len=10 ** 6), 'too few for a row of'),
     (dict(sample_score='best'), "score must be one of"),
