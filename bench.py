@@ -832,7 +832,7 @@ def run_ldlm(c):
                 plain = first and B == numbers(c.batches)[0]
                 if adaln and not plain or not first and n_steps != numbers(c.n_steps)[0]: continue
                 for way in c.ways.split(','):
-                    if way == 'eager' and not first or way.startswith('compiled') and (adaln or not plain): continue
+                    if way == 'eager' and not first or way.startswith('compiled') and not plain: continue
                     rows.append(dict(shape=shape, way=way, tokens=tokens, batch=B, steps=n_steps))
                     try: rows[-1] |= time_latents(o, way, B, n_steps, roof, c.mode, compared=first)
                     except (Exception, SystemExit) as e: rows[-1]['error'] = error_line(e)
@@ -945,6 +945,8 @@ if __name__ == '__main__':
         raise SystemExit(f"ways is a comma list of graph, eager, compiled, compiled_kernels, got {ways!r}")
     for file in shapes.split(','):
         if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
+        if what == 'ldlm' and device == 'cpu' and '_qwen3_6_' in file:
+            raise SystemExit("shapes of billions of parameters; a CPU can time --shapes=config/ldlm_quickstart.py")
     path = Path(result or f'{out_dir}/{what}.json')
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 

@@ -59,7 +59,9 @@ class Encoder:
     def load(self):
         if self.model is not None: return self
         try: self.model = self._open()
-        except SystemExit as e: raise SystemExit(f"the encoder: {e}") from None
+        except SystemExit as e:
+            known = '; no other will do than that of the training (a run that goes on deletes its earlier best)'
+            raise SystemExit(f"the encoder: {e}" + known * bool(self.hash)) from None
         self.model.eval().requires_grad_(False)
         digest = hashlib.sha256()
         for p in self.model.parameters():                                       # a sample of every tensor, in bf16

@@ -314,6 +314,8 @@ if __name__ == '__main__':
         out_dir, objective, shift.lower() == 'true' if shift else None, mask_id if mask_id >= 0 else None)
     reader, reader_tok = load_checkpoint(scorer) if reading else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
+    if reader and obj.name == 'ldlm' and str(find(scorer) or scorer) == obj.encoder.path:
+        raise SystemExit(f"{scorer} is the encoder of {out_dir}: its latents come from that model, take another scorer")
     for point in points if hasattr(obj, 'check_sampler') else ():
         obj.check_sampler(**{k: (config | point)[k] for k in ('commit', 'score', 'remask', 'block_len', 'n_steps')})
     weights = obj and solve.fingerprint(obj)

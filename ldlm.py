@@ -319,10 +319,12 @@ class LatentModel(nn.Module):
                    if n.startswith(part) and (embedding or not any(table in n for table in tables)))
 
     def flops_per_token(self, seq_len):
-        """6 per weight and position, and the self-conditioning pass of half the rows; the frozen encoder and the
-        attention scores are left out."""
-        dit, share = self.n_params(part='dit'), self.cfg.n_latents / seq_len
-        return 6 * (self.n_params() - dit) * self.cfg.chunk_len / seq_len + 7 * dit * share
+        """6 per weight and position, and the self-conditioning pass of half the rows; the frozen encoder, the prefix,
+        attention scores and what is done once per row (time, adaLN) are left out."""
+        dit = self.n_params(part='dit')
+        every = sum(p.numel() for n, p in self.named_parameters() if n.startswith('dit') and not any(
+            part in n for part in ('dit_time', 'dit_mod', 'adaln', 'dit_context', 'kv_proj')))
+        return 6 * (self.n_params() - dit) * self.cfg.chunk_len / seq_len + 7 * every * self.cfg.n_latents / seq_len
 
     # -- the four networks
     def _run(self, blocks, x, delta, *args):
@@ -479,6 +481,8 @@ class LDLM(Objective):
         if schedule not in ('tangent', 'cubic'):
             raise SystemExit(f"schedule must be tangent or cubic, got {schedule!r}")
         if stats_rows < 1: raise SystemExit(f"stats_rows must be at least 1, got {stats_rows}")
+        if sigma_dec < 0 or tangent_d <= 0:
+            raise SystemExit(f"sigma_dec must be at least 0, tangent_d above 0: {sigma_dec=}, {tangent_d=}")
         if encoder_warmup < 0 or not 0 <= encoder_grad <= 1:
             raise SystemExit(f"encoder_warmup must be at least 0, encoder_grad from 0 to 1: {encoder_warmup=}, "
                              f"{encoder_grad=}")
@@ -516,10 +520,16 @@ class LDLM(Objective):
         is not modelled and left out [S]: with one mean and deviation for all, a few outliers own the MSE."""
         sums = 0
         for batch in batches:
+            self._check_rows(batch.ids)
             h = self.encoder.cached(batch.ids)[:, 1:].flatten(0, 1).double()
             sums = sums + torch.stack([h.sum(0), (h * h).sum(0), torch.full_like(h[0], len(h))])
         mean = sums[0] / sums[2]
         self.model.feature_stats.copy_(torch.stack([mean, (sums[1] / sums[2] - mean ** 2).clamp(min=1e-8).sqrt()]))
+
+    def _check_rows(self, ids):
+        if len(ids) % self.settings['stats_rows']:
+            raise SystemExit(f"micro-batches must be a multiple of stats_rows = {self.settings['stats_rows']} rows, "
+                             f"got {len(ids)}")
 
     def prepare(self, batch, seed):
         """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, how noisy the
@@ -577,8 +587,7 @@ class LDLM(Objective):
         fall when the latents collapse."""
         m, s, noise = self.model, self.settings, batch.noise
         ids, h, prefix = self._window(batch)
-        if len(ids) % s['stats_rows']:
-            raise SystemExit(f"micro-batches must be a multiple of stats_rows = {s['stats_rows']} rows, got {len(ids)}")
+        self._check_rows(ids)
         raw = m.encode(h)
         z0 = m.normalise(raw, s['stats_rows'])
         g = s['encoder_grad'] * encoder_grad_scale(batch.step, s['encoder_warmup'])
@@ -617,7 +626,8 @@ class LDLM(Objective):
     @torch.no_grad()
     def validate(self, batches, seed, k=1):
         """denoise: its loss at uniform t, with self-conditioning. features: MSE from clean latents. accuracy: share of
-        tokens decoded right from clean latents, _noisy: with noise sigma_dec, _t: from z_hat at uniform t.
+        tokens decoded right from clean latents, _noisy: with noise sigma_dec, _t: from z_hat at uniform t, _quarter:
+        of those with t below 1/4 (alpha^2 above 0.39, at d = 3), where the text can be told.
         linearity: R^2 of the denoising loss against xi, in 16 bins (what AdaptiveTimesteps is for). latent_variance:
         between rows, of the encoder's latents of RMS 1, so 0 if all texts look alike, at most 1. effective_rank: exp of
         the entropy of the eigenvalues of E[z0 z0^T] (Roy & Vetterli 2007), of at most latent_dim.
@@ -635,17 +645,19 @@ class LDLM(Objective):
             noisy = m.decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
             at_xi = self._denoise(z0, m.timesteps.quantile(xi), *rest) if s['adaptive'] else z_hat
             text = self._is_text(ids) * used[:, None]
-            right = [((self._tokens(x) == ids) * text).sum() for x in (h_hat, noisy, m.decode(z_hat))]
+            right = [((self._tokens(x) == ids) * text).sum(1) for x in (h_hat, noisy, m.decode(z_hat))]
+            early = xi < 0.25
+            counts = *(x.sum() for x in right), (right[2] * early).sum(), (text.sum(1) * early).sum(), text.sum()
             mse = lambda a, b, used=used: used * (a - b).square().mean((1, 2))
             z, raw = (x.double() * used[:, None, None] for x in (z0, raw))
-            new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *right, text.sum(), used.sum()]),
+            new = dict(all=torch.stack([mse(z_hat, z0).sum(), mse(h_hat, h).sum(), *counts, used.sum()]),
                        curve=used.new_zeros(2, 16).index_add_(
                            1, (xi * 16).long().clamp(max=15), torch.stack([mse(at_xi, z0), used])),
                        outer=z.flatten(0, 1).T @ z.flatten(0, 1), raw=torch.stack([raw.sum(0), raw.square().sum(0)]))
             sums = {name: sums.get(name, 0) + x for name, x in new.items()}
         if dist.is_initialized():
             for x in sums.values(): dist.all_reduce(x)
-        diff, feat, *right, n_tokens, n_rows = sums['all'].tolist()
+        diff, feat, *right, early, n_early, n_tokens, n_rows = sums['all'].tolist()
         accuracy, noisy, at_t = (n / n_tokens for n in right)
         mean, square = sums['raw'] / n_rows
         loss = sums['curve'][0] / sums['curve'][1]                                      # per bin of xi, nan: no row
@@ -653,7 +665,7 @@ class LDLM(Objective):
         p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
         p = p / p.sum()
         return dict(denoise=diff / n_rows, features=feat / n_rows,
-                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
+                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t, accuracy_quarter=early / max(n_early, 1),
                     linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
                     latent_variance=(square - mean ** 2).mean().item(),
                     effective_rank=(-(p * p.log()).sum()).exp().item(), n_tokens=int(n_tokens), n_rows=int(n_rows))
@@ -670,6 +682,7 @@ class LDLM(Objective):
         eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
         if time_grid not in ('uniform', 'adaptive'):
             raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
+        if not 0 <= eta <= 1: raise SystemExit(f"eta must be from 0 (DDIM) to 1 (ancestral), got {eta}")
         t = 1 - torch.arange(n_steps + 1, dtype=torch.float64) / n_steps
         if time_grid == 'adaptive': t[1:-1] = self.model.timesteps.quantile(t[1:-1]).double().cpu()
         alpha, sigma = self.alpha_sigma(t)

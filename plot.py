@@ -11,6 +11,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from statistics import harmonic_mean, mean
 
@@ -331,7 +332,9 @@ def alignment_figure(out):
 
 # Tokens/s of Open-dLLM's latent benchmark, 64 tokens, batch 1, (10, 4) steps: its README (RTX 5090, fp32, eager), and
 # its script run on one H100 in bf16. Its loop multiplies the last prediction by 0; ours is the one that samples.
-OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), (2061, 3616)), 'qwen3_6_27b': ((745, 1500), (1416, 2813))}
+# The script builds a denoiser with adaLN; which one the README timed is not said, its sizes are those without.
+OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), ()), 'qwen3_6_35b_a3b adaLN': ((), (2061, 3616)),
+                    'qwen3_6_27b': ((745, 1500), ()), 'qwen3_6_27b adaLN': ((), (1416, 2813))}
 
 
 def ldlm_speed():
@@ -351,7 +354,7 @@ def ldlm_speed():
         if (batch, tokens) != (1, 64) or 'graph' not in ways: continue
         graph, compiled = ways['graph'], min((w for k, w in ways.items() if k.startswith('compiled')),
                                              key=lambda w: w['ms'], default=None)
-        theirs = [f'{dict(zip((10, 4), pair))[steps]:,}' for pair in OPEN_DLLM_LATENT.get(shape, ())]
+        theirs = [f'{dict(zip((10, 4), pair))[steps]:,}' if pair else '' for pair in OPEN_DLLM_LATENT.get(shape, ())]
         one.append((label(shape), steps, f"{graph['ms']:.2f}", speed(graph, 'tokens_per_s'),
                     f"{graph['read_bytes'] / 1e9:.1f} GB", speed(graph, 'of_limit', '.0%'),
                     speed(compiled, 'tokens_per_s'), speed(compiled, 'of_limit', '.0%'),
@@ -480,6 +483,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
     from matplotlib import pyplot as plt
 
     panels = [(xlabel, lines), *([beside] if beside else [])]
+    beside_it = dict(loc='center left', bbox_to_anchor=(1, 0.5)) if notes else {}
     fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
     for ax, (xlabel, lines) in zip(axes[0], panels):
         for label, (xs, ys) in lines.items():
@@ -497,7 +501,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
             ax.set_xticks(range(1, 1 + max(max(xs) for xs, _ in lines.values())))
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
-        if ax is axes[0, 0 if notes else -1]: ax.legend(frameon=False, fontsize=8)
+        if ax is axes[0, -1]: ax.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, **beside_it)
     fig.tight_layout()
     fig.savefig(out)
     print(f"wrote {out}")
@@ -547,7 +551,9 @@ def pareto(files, out):
         for name, r in points.items():
             task, *settings = name.split(',')
             rest = [x for x in settings if not x.startswith('n_steps=')]
-            model = f"{Path(result['model']['path']).name} ({result['model']['objective']})"
+            path = Path(result['model']['path'])
+            path = path.parent if re.fullmatch(r'(best|step)-\d+', path.name) else path
+            model = f"{path.name} ({result['model']['objective']})"
             label = ', '.join(['what the documents say' if task == 'real_ppl' else model, *rest])
             for lines, x in ((by_entropy, 'token_entropy'), (by_speed, 'tokens_per_s')):
                 if x not in r: continue

@@ -248,6 +248,8 @@ if (start_step >= max_iters or time_is_up) and result_file.exists():
 
 # ---- data --------------------------------------------------------------------------------------------------
 fresh = init_from == 'scratch'
+if objective == 'ldlm' and encoder.startswith('out/') and not Path(encoder).exists():
+    raise SystemExit(f"{encoder} is not there: first train the model that is to be the encoder, or name another one")
 encoder = str(checkpoint.find(encoder) or encoder) if objective == 'ldlm' else ''
 lender = init_from if not fresh else '' if encoder.startswith('random:') else encoder    # whose tokenizer it has to be
 tokenizer = tokenizer or lender or 'bpe'

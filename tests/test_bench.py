@@ -247,6 +247,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize('words, message', [
     (['fly'], 'train, align, memory, kernels, sandbox, ldlm'), (['train', '--peers=nope'], 'unknown peer'),
     (['--peers=flex'], 'packed'), (['ldlm', '--latents=0'], 'comma list'), (['ldlm', '--shapes=x.py'], 'no such file'),
+    (['ldlm', '--device=cpu'], 'shapes of billions of parameters'),
     (['memory', '--device=cpu'], 'GPUs only'), (['train', '--peers=ours_align'], 'bench.py align'),
     (['train', '--n_embd=897'], 'multiple'), (['--steps=0'], 'at least 1')])
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys):

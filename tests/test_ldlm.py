@@ -169,6 +169,11 @@ def test_what_validation_says_of_the_latents():
     p = p / p.sum()
     assert val['effective_rank'] == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
     assert 1 < val['effective_rank'] < 32 and 0 <= val['linearity'] <= 1
+    early = o.prepare(batch, 0).noise['xi'] < 0.25
+    assert 0 < early.sum() < 64
+    took = o.validate([replace(batch, row_ids=batch.row_ids[early], ids=batch.ids[early], doc=batch.doc[early],
+                               pos=batch.pos[early], is_target=batch.is_target[early])], 0)
+    assert took['accuracy_t'] == pytest.approx(val['accuracy_quarter'], abs=1e-6)
     same = replace(batch, ids=batch.ids[:1].expand_as(batch.ids).contiguous())
     assert o.validate([same], 0)['latent_variance'] < 1e-9
     noise = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
@@ -413,6 +418,7 @@ def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
     for p in o.model.dit_out.parameters(): p.data.neg_()
     assert o.sample([[]] * 3, 12, n_steps=4, seed=5)[0] != many
     with pytest.raises(SystemExit, match='prefix_len=0'): o.sample([[1]], 12)
+    with pytest.raises(SystemExit, match='eta must be from 0'): o.sample([[]], 12, eta=1.5)
 
 
 SHAPES = [dict(), dict(perceiver_block='split', perceiver_skip=False, dit_adaln=False, perceiver_layers=2),

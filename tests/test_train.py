@@ -412,6 +412,10 @@ def test_every_config_is_one(monkeypatch, file):
     (LATENT | dict(freeze_layers='mlp'), 'freeze_layers is for objectives that train a Transformer'),
     (LATENT | dict(perceiver_layers=0), 'perceiver_layers and decoder_layers must be at least 1'),
     (LATENT | dict(latent_dim=-1), 'other sizes at least 0'),
+    (LATENT | dict(sigma_dec=-1.0), 'sigma_dec must be at least 0'),
+    (LATENT | dict(tangent_d=0.0), 'tangent_d above 0'),
+    (LATENT | dict(encoder='out/nope'), 'out/nope is not there: first train the model that is to be the encoder'),
+    (LATENT | dict(stats_rows=3), 'micro-batches must be a multiple of stats_rows = 3'),
     (dict(max_docs=7), 'was prepared with other settings (max_docs = 0, now 7)'),
 ])
 def test_a_mistake_is_one_line(train, settings, message):
