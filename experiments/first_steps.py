@@ -8,6 +8,7 @@ not) and `gib` (peak of each GPU; predicted: 16 bytes per parameter, weights, gr
 """
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -48,7 +49,8 @@ if __name__ == '__main__':
     file = Path(run['result'] or run['result_file'])
     facts = json.loads(file.read_text()) | dict(moved=moved(LDLM.before, snapshot(run['obj'])), gib=dict(
         peak={str(i): torch.cuda.max_memory_allocated(i) / 2 ** 30 for i in range(torch.cuda.device_count())},
-        predicted=16 * run['model'].n_params() / 2 ** 30))
+        predicted=16 * run['model'].n_params() / 2 ** 30), command=shlex.join(
+            ['python', 'experiments/first_steps.py', *sys.argv[1:]]))
     write_json(file, facts)
     for part, x in facts['moved'].items():
         print(f"{part:14} {x['change']:.2%} changed, {x['still']} of {x['tensors']} tensors not")
