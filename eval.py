@@ -266,6 +266,7 @@ if __name__ == '__main__':
     block_len = 0
     eta = 0.0                       # ldlm: 0 = DDIM, 1 = ancestral
     time_grid = 'uniform'           # ldlm: or adaptive
+    compiled = ''                   # ldlm: its sampler by torch.compile, 'default' or 'max-autotune-no-cudagraphs'
     sweep = ''                      # 'temperature=0.2,0.6;n_steps=32,128': --tasks at all combinations, in one JSON
     batch_size = 32
     seed = 0
@@ -314,6 +315,8 @@ if __name__ == '__main__':
         out_dir, objective, shift.lower() == 'true' if shift else None, mask_id if mask_id >= 0 else None)
     reader, reader_tok = load_checkpoint(scorer) if reading else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
+    if compiled and (canonical or obj.name != 'ldlm'): raise SystemExit("--compiled is for the sampler of an ldlm")
+    if compiled: obj.compiled = compiled
     if reader and obj.name == 'ldlm' and str(find(scorer) or scorer) == obj.encoder.path:
         raise SystemExit(f"{scorer} is the encoder of {out_dir}: its latents come from that model, take another scorer")
     for point in points if hasattr(obj, 'check_sampler') else ():

@@ -471,6 +471,7 @@ class LDLM(Objective):
     False, where the token loss trains decoder and encoder, too, in place of |h_hat - h|^2."""
     name, estimator, judge = 'ldlm', 'none: no likelihood', ''
     one_chunk_per_row = True
+    compiled = ''                                                       # of its samplers, see Sampler
 
     def __init__(self, encoder, model, separator=None, eos_id=None, sigma_dec=3.0, tangent_d=3.0, encoder_warmup=0,
                  encoder_grad=0.1, vary_sigma=True, adaptive=True, self_cond=True, stats_rows=16, schedule='tangent',
@@ -693,9 +694,9 @@ class LDLM(Objective):
 
     def sampler(self, B, n_steps, eta=0.0, time_grid='uniform'):
         """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
-        key = B, n_steps, eta, time_grid, self.model.head.weight.device
-        if self.training: return Sampler(self, *key[:4])
-        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:4])
+        key = B, n_steps, eta, time_grid, self.compiled, self.model.head.weight.device
+        if self.training: return Sampler(self, *key[:5])
+        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:5])
         return self.kept[1]
 
     def train(self, mode=True):

@@ -230,6 +230,7 @@ WEIGHTS = f'--out_dir={Path(ev.__file__).parent}/weights'
     (['--canonical=true', '--tasks=humaneval'], 'execute_code'),
     ([WEIGHTS, '--tasks=humaneval', '--remask=p3'], 'remask'),
     ([WEIGHTS, '--tasks=humaneval', '--result=/proc/x.json'], 'cannot write'),
+    ([WEIGHTS, '--tasks=humaneval', '--compiled=default'], 'for the sampler of an ldlm'),
     (['--device=gpu'], 'device must be'),
     (['--out_dir=nowhere', '--tasks=humaneval'], 'nowhere')], ids=str)
 def test_a_wrong_input_ends_in_one_line(args, says):

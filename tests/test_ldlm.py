@@ -488,6 +488,8 @@ def test_sampler_is_kept_while_the_weights_stay():
     assert o.sampler(2, 3) is o.sampler(2, 3) is not o.sampler(2, 4)
     old = o.sampler(2, 3)
     assert o.train().eval().sampler(2, 3) is not old
+    plain, o.compiled = o.sampler(2, 3), 'default'
+    assert plain.step == plain._step and o.sampler(2, 3).step != plain.step
 
 
 def test_in_dtype_shares_or_casts():
