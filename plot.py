@@ -400,12 +400,12 @@ def ldlm_ablations():
     r = load_all('ldlm_ablations')
     nfe = r['config']['nfe'].split(',')[-1]
     lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
-              'at sigma_dec', 'from z_hat(t)', 'linearity', 'effective rank', 'variance',
+              'at its own sigma_dec', 'from z_hat(t)', 't < 1/4', 'linearity', 'effective rank', 'variance',
               f'gen. perplexity, {nfe} steps', 'entropy')]
     for row in sorted(r['results'], key=lambda row: (row['arm'], row['seed'])):
         v, s = row['validation'], row['samples'].get(nfe, {})
         lines.append((f"{row['arm']}: {row['label']}", row['seed'], *(f"{v[k]:.1%}" for k in (
-            'accuracy', 'accuracy_noisy', 'accuracy_t')), f"{v['linearity']:.3f}", f"{v['effective_rank']:.0f}",
+            'accuracy', 'accuracy_noisy', 'accuracy_t', 'accuracy_quarter')), f"{v['linearity']:.3f}", f"{v['effective_rank']:.0f}",
             f"{v['latent_variance']:.2f}", *(f'{s[k]:{form}}' if s.get(k) is not None else '-' for k, form in (
                 ('gen_ppl', '.1f'), ('token_entropy', '.2f')))))
     return table(*lines)
