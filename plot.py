@@ -396,23 +396,25 @@ def ldlm_samples():
     return '![Perplexity, entropy, speed](results/ldlm_pareto.png)\n\n' + table(*lines)
 
 
-def ldlm_ablations():
-    r = load_all('ldlm_ablations')
+def ldlm_ablations(name='ldlm_ablations'):
+    r = load_all(name)
     nfe = r['config']['nfe'].split(',')[-1]
+    shares = 'accuracy', 'accuracy_noisy', 'accuracy_t', 'accuracy_quarter'
     lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
               'at its own sigma_dec', 'from z_hat(t)', 't < 1/4', 'linearity', 'effective rank', 'variance',
               f'gen. perplexity, {nfe} steps', 'entropy')]
     for row in sorted(r['results'], key=lambda row: (row['arm'], row['seed'])):
         v, s = row['validation'], row['samples'].get(nfe, {})
-        lines.append((f"{row['arm']}: {row['label']}", row['seed'], *(f"{v[k]:.1%}" for k in (
-            'accuracy', 'accuracy_noisy', 'accuracy_t', 'accuracy_quarter')), f"{v['linearity']:.3f}", f"{v['effective_rank']:.0f}",
-            f"{v['latent_variance']:.2f}", *(f'{s[k]:{form}}' if s.get(k) is not None else '-' for k, form in (
-                ('gen_ppl', '.1f'), ('token_entropy', '.2f')))))
+        lines.append((f"{row['arm']}: {row['label']}", row['seed'], *(f"{v[k]:.1%}" for k in shares),
+                      f"{v['linearity']:.3f}", f"{v['effective_rank']:.0f}", f"{v['latent_variance']:.2f}",
+                      *(f'{s[k]:{form}}' if s.get(k) is not None else '-' for k, form in (
+                          ('gen_ppl', '.1f'), ('token_entropy', '.2f')))))
     return table(*lines)
 
 
 # drawn where README.md has the block already
-PENDING = dict(ldlm_speed=ldlm_speed, ldlm_samples=ldlm_samples, ldlm_ablations=ldlm_ablations)
+PENDING = dict(ldlm_speed=ldlm_speed, ldlm_samples=ldlm_samples, ldlm_ablations=ldlm_ablations,
+               ldlm_quickstart_ablations=lambda: ldlm_ablations('ldlm_quickstart_ablations'))
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
               canonical=canonical, sandbox=sandbox, speed=speed, step_profile=step_profile, kernel_speed=kernel_speed,
               alignment=alignment, **PENDING)

@@ -35,11 +35,13 @@ def test_tables_of_results_to_come(monkeypatch):
                way | dict(way='eager', ms=20.0, tokens_per_s=3200.0),
                dict(shape=way['shape'], way='compiled_kernels', error='x'),
                way | dict(way='eager', batch=64)]                                               # nothing beside it
-    val = dict.fromkeys('accuracy accuracy_noisy accuracy_t accuracy_quarter linearity effective_rank latent_variance'.split(), 0.5)
+    val = dict.fromkeys('accuracy accuracy_noisy accuracy_t accuracy_quarter linearity effective_rank '
+                        'latent_variance'.split(), 0.5)
     arm = dict(arm='A', label='everything', seed=1, tokens=1e6, validation=val,
                samples={'8': dict(gen_ppl=12.34, token_entropy=5.0)})
     files = dict(ldlm_speed=dict(hardware='H', results=results),
                  ldlm_ablations=dict(hardware='H', results=[arm, arm | dict(samples={})], config=dict(nfe='4,8')))
+    files['ldlm_quickstart_ablations'] = files['ldlm_ablations']
     monkeypatch.setattr(plot, 'load_all', files.get)
     text = plot.render(README + ''.join(
         f'<!-- {name} -->\n<!-- end -->\n' for name in plot.PENDING if f'<!-- {name} -->' not in README))
