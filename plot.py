@@ -370,6 +370,13 @@ def ldlm_speed():
     return table(*one) + '\n\n' + table(*many)
 
 
+def sweep_point(name):
+    """'gen_ppl,n_steps=8,eta=1.0' -> 'gen_ppl', 8 (None: not swept), ['eta=1.0']."""
+    task, *settings = name.split(',')
+    steps = next((int(x[8:]) for x in settings if x.startswith('n_steps=')), None)
+    return task, steps, [x for x in settings if not x.startswith('n_steps=')]
+
+
 LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_lr4_continued', 'ldlm_real')
 
 
@@ -382,12 +389,10 @@ def ldlm_samples():
     for r in found:
         rows = []
         for name, x in r['results'].items():
-            task, *settings = name.split(',')
-            steps = next((int(y[8:]) for y in settings if y.startswith('n_steps=')), None)
+            task, steps, others = sweep_point(name)
             if steps not in (None, 4, 8, 32, 128): continue
-            others, real = ', '.join(y.replace('=', ' ') for y in settings if 'n_steps' not in y), task == 'real_ppl'
-            label = 'what the documents say' if real else names[r['model']['objective']]
-            rows.append((others, steps or 0, label, x))
+            label = 'what the documents say' if task == 'real_ppl' else names[r['model']['objective']]
+            rows.append((', '.join(others).replace('=', ' '), steps or 0, label, x))
         for others, steps, label, x in sorted(rows, key=lambda row: row[:2]):
             steps = steps or x.get('settings', {}).get('max_new_tokens', '')
             speed = f"{x['tokens_per_s'] / 1e3:.1f}k" if 'tokens_per_s' in x else ''
@@ -551,8 +556,7 @@ def pareto(files, out):
         points = {name: r for name, r in result['results'].items() if r.get('gen_ppl')}
         if not points: raise SystemExit(f"{f} has no gen_ppl")
         for name, r in points.items():
-            task, *settings = name.split(',')
-            rest = [x for x in settings if not x.startswith('n_steps=')]
+            task, steps, rest = sweep_point(name)
             path = Path(result['model']['path'])
             path = path.parent if re.fullmatch(r'(best|step)-\d+', path.name) else path
             model = f"{path.name} ({result['model']['objective']})"
@@ -561,7 +565,7 @@ def pareto(files, out):
                 if x not in r: continue
                 xs, ys = lines.setdefault(label, ([], []))
                 xs.append(r[x]), ys.append(r['gen_ppl'])
-            notes.setdefault(label, []).append(next((x[8:] for x in settings if x.startswith('n_steps=')), ''))
+            notes.setdefault(label, []).append(str(steps or ''))
             scorers.add(r['scorer'])
     if len(scorers) > 1: raise SystemExit(f"perplexities of different scorers: {', '.join(sorted(scorers))}")
     figure('', 'entropy of the tokens, nats', f'perplexity under {scorers.pop()}', by_entropy, out, log_x=True,
