@@ -265,7 +265,7 @@ if __name__ == '__main__':
     tau = 0.9
     block_len = 0
     eta = 0.0                       # ldlm: 0 = DDIM, 1 = ancestral
-    time_grid = 'uniform'           # ldlm: or adaptive
+    time_grid = 'adaptive'          # ldlm: or uniform
     compiled = ''                   # ldlm: its sampler by torch.compile, 'default' or 'max-autotune-no-cudagraphs'
     sweep = ''                      # 'temperature=0.2,0.6;n_steps=32,128': --tasks at all combinations, in one JSON
     batch_size = 32

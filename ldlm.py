@@ -677,7 +677,7 @@ class LDLM(Objective):
         return K.head_argmax(states, self.model.head.weight).view(h.shape[:2])
 
     # -- sampling
-    def grid(self, n_steps, time_grid='uniform', eta=0.0):
+    def grid(self, n_steps, time_grid='adaptive', eta=0.0):
         """-> times (n_steps,) and, per step, the (n_steps, 3) factors of zt, z_hat and fresh noise in
         z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v the variance of q(z_s | zt, z0).
         eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
@@ -692,7 +692,7 @@ class LDLM(Objective):
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
 
-    def sampler(self, B, n_steps, eta=0.0, time_grid='uniform'):
+    def sampler(self, B, n_steps, eta=0.0, time_grid='adaptive'):
         """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
         key = B, n_steps, eta, time_grid, self.compiled, self.model.head.weight.device
         if self.training: return Sampler(self, *key[:5])
@@ -718,7 +718,7 @@ class LDLM(Objective):
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens=128, n_steps=64, temperature=1.0, top_k=0, top_p=1.0, commit='', score='',
-               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='uniform'):
+               remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='adaptive'):
         """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. A chunk at a time: n_steps
         denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without
         one it ends with the first. temperature to block_len are for other objectives."""
@@ -764,7 +764,7 @@ class Sampler:
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
     compiled: '' or a mode of torch.compile without CUDA graphs, for a step, for the decoders and for the noise."""
 
-    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='uniform', compiled=''):
+    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', compiled=''):
         o, device = objective, objective.model.head.weight.device
         on_gpu = device.type == 'cuda'
         self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model

@@ -377,11 +377,12 @@ def sweep_point(name):
     return task, steps, [x for x in settings if not x.startswith('n_steps=')]
 
 
-LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_lr4_continued', 'ldlm_real')
+LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_continued', 'ldlm_real')
 
 
 def ldlm_samples():
-    """Continuations of unseen documents: perplexity under another model, entropy, speed."""
+    """Continuations of unseen documents: perplexity under another model, entropy, speed. Of one model's settings at a
+    number of steps, those that no other one beats in both."""
     names = dict(ar='autoregressive', mdm='masked diffusion', ldlm='latent diffusion')
     found = [load(name) for name in LDLM_SAMPLES]
     lines = [('perplexity under ' + found[0]['config']['scorer'], 'settings', 'steps', 'perplexity', 'entropy',
@@ -392,7 +393,9 @@ def ldlm_samples():
             task, steps, others = sweep_point(name)
             if steps not in (None, 4, 8, 32, 128): continue
             label = 'what the documents say' if task == 'real_ppl' else names[r['model']['objective']]
-            rows.append((', '.join(others).replace('=', ' '), steps or 0, label, x))
+            beaten = any(sweep_point(other)[1] == steps and y['gen_ppl'] < x['gen_ppl']
+                         and y['token_entropy'] > x['token_entropy'] for other, y in r['results'].items())
+            if not beaten: rows.append((', '.join(others).replace('=', ' '), steps or 0, label, x))
         for others, steps, label, x in sorted(rows, key=lambda row: row[:2]):
             steps = steps or x.get('settings', {}).get('max_new_tokens', '')
             speed = f"{x['tokens_per_s'] / 1e3:.1f}k" if 'tokens_per_s' in x else ''
@@ -401,8 +404,8 @@ def ldlm_samples():
     return '![Perplexity, entropy, speed](results/ldlm_pareto.png)\n\n' + table(*lines)
 
 
-def ldlm_ablations(name='ldlm_ablations'):
-    r = load_all(name)
+def ldlm_ablations():
+    r = load_all('ldlm_ablations')
     nfe = r['config']['nfe'].split(',')[-1]
     shares = 'accuracy', 'accuracy_noisy', 'accuracy_t', 'accuracy_quarter'
     lines = [(f"{r['results'][0]['tokens'] / 1e6:.0f}M tokens each, {r['hardware']}", 'seed', 'right from z0',
@@ -418,8 +421,7 @@ def ldlm_ablations(name='ldlm_ablations'):
 
 
 # drawn where README.md has the block already
-PENDING = dict(ldlm_speed=ldlm_speed, ldlm_samples=ldlm_samples, ldlm_ablations=ldlm_ablations,
-               ldlm_quickstart_ablations=lambda: ldlm_ablations('ldlm_quickstart_ablations'))
+PENDING = dict(ldlm_speed=ldlm_speed, ldlm_samples=ldlm_samples, ldlm_ablations=ldlm_ablations)
 BLOCKS = dict(quickstart=quickstart, packages=packages, weights=weights, smollm2=smollm2, evaluation=evaluation,
               canonical=canonical, sandbox=sandbox, speed=speed, step_profile=step_profile, kernel_speed=kernel_speed,
               alignment=alignment, **PENDING)
@@ -546,10 +548,10 @@ def sweep_lines(result, metric):
     return first, lines
 
 
-def pareto(files, out):
+def pareto(files, out, without=None):
     """Perplexity of samples against the entropy of their tokens and against speed, a line per model and settings, a
-    point per number of steps: low perplexity with low entropy is repetition. From eval.py --tasks=gen_ppl, with or
-    without --sweep=n_steps=...; real_ppl is a point."""
+    point per number of steps (without steps: a line per model, a point per setting): low perplexity with low entropy
+    is repetition. From eval.py --tasks=gen_ppl, with or without --sweep; real_ppl is a point. without: a setting."""
     by_entropy, by_speed, notes, scorers = {}, {}, {}, set()
     for f in files:
         result = eval_result(f)
@@ -557,15 +559,17 @@ def pareto(files, out):
         if not points: raise SystemExit(f"{f} has no gen_ppl")
         for name, r in points.items():
             task, steps, rest = sweep_point(name)
+            if without in rest: continue
             path = Path(result['model']['path'])
             path = path.parent if re.fullmatch(r'(best|step)-\d+', path.name) else path
             model = f"{path.name} ({result['model']['objective']})"
-            label = ', '.join(['what the documents say' if task == 'real_ppl' else model, *rest])
+            shown = rest if steps else [x.split('=')[0] for x in rest]
+            label = ', '.join(['what the documents say' if task == 'real_ppl' else model, *shown])
             for lines, x in ((by_entropy, 'token_entropy'), (by_speed, 'tokens_per_s')):
                 if x not in r: continue
                 xs, ys = lines.setdefault(label, ([], []))
                 xs.append(r[x]), ys.append(r['gen_ppl'])
-            notes.setdefault(label, []).append(str(steps or ''))
+            notes.setdefault(label, []).append(str(steps or ', '.join(x.split('=')[1] for x in rest)))
             scorers.add(r['scorer'])
     if len(scorers) > 1: raise SystemExit(f"perplexities of different scorers: {', '.join(sorted(scorers))}")
     figure('', 'entropy of the tokens, nats', f'perplexity under {scorers.pop()}', by_entropy, out, log_x=True,
@@ -620,5 +624,6 @@ if __name__ == '__main__':
         if not check:
             readme.write_text(new)
             alignment_figure(HERE / 'results/alignment.png')
-            pareto([f'{HERE}/results/{name}.json' for name in LDLM_SAMPLES], HERE / 'results/ldlm_pareto.png')
+            pareto([f'{HERE}/results/{name}.json' for name in LDLM_SAMPLES], HERE / 'results/ldlm_pareto.png',
+                   without='time_grid=uniform')
         elif old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")

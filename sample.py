@@ -313,7 +313,7 @@ if __name__ == '__main__':
     tau = 0.9               # confidence that commit=threshold asks for
     block_len = 0           # write blocks of so many tokens from left to right, 0 = everything at once
     eta = 0.0               # ldlm: 0 = DDIM, 1 = ancestral, between: some fresh noise per step
-    time_grid = 'uniform'   # ldlm: steps uniform in t, or 'adaptive': of equal loss
+    time_grid = 'adaptive'  # ldlm: steps of equal loss, or 'uniform' in t
     seed = 0                # same seed, same samples
     # what to see and keep
     show = False            # watch in the terminal: masks grey, new tokens marked, unsure red, sure green

@@ -131,7 +131,7 @@ sample_temperature = 0.8
 sample_commit = 'ancestral'         # schedule, ancestral, threshold
 sample_score = 'random'             # confidence, margin, entropy, random
 sample_eta = 0.0                    # ldlm: 0 = DDIM, 1 = ancestral
-sample_time_grid = 'uniform'        # ldlm: steps uniform in t or 'adaptive'
+sample_time_grid = 'adaptive'       # ldlm: steps of equal loss, or 'uniform' in t
 tasks = ''                          # problems of eval.py to solve as well: humaneval,infill_single, ...
 tasks_every = 1                     # at every so many evaluations; with the sample_ settings
 tasks_limit = 0                     # the first so many problems of each; 0 = all

@@ -41,7 +41,6 @@ def test_tables_of_results_to_come(monkeypatch):
                samples={'8': dict(gen_ppl=12.34, token_entropy=5.0)})
     files = dict(ldlm_speed=dict(hardware='H', results=results),
                  ldlm_ablations=dict(hardware='H', results=[arm, arm | dict(samples={})], config=dict(nfe='4,8')))
-    files['ldlm_quickstart_ablations'] = files['ldlm_ablations']
     monkeypatch.setattr(plot, 'load_all', files.get)
     text = plot.render(README + ''.join(
         f'<!-- {name} -->\n<!-- end -->\n' for name in plot.PENDING if f'<!-- {name} -->' not in README))
