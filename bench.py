@@ -737,6 +737,7 @@ def latent_objective(c, path, tokens, adaln):
     with torch.device('meta'): model = LatentModel(cfg)
     model = model.in_dtype(torch.bfloat16 if c.device == 'cuda' else torch.float32).to_empty(device=c.device)
     for x in model.buffers(): x.zero_()
+    model.timesteps.cdf.copy_(torch.linspace(0, 1, model.timesteps.n_bins + 1))
     torch.manual_seed(c.seed)
     with torch.no_grad():
         model.init_weights()

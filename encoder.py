@@ -63,6 +63,7 @@ class Encoder:
             known = '; no other will do than that of the training (a run that goes on deletes its earlier best)'
             raise SystemExit(f"the encoder: {e}" + known * bool(self.hash)) from None
         self.model.eval().requires_grad_(False)
+        if self.causal is None: self.causal = self._looks_left()
         digest = hashlib.sha256()
         for p in self.model.parameters():                                       # a sample of every tensor, in bf16
             part = p.detach().flatten()[:4096].cpu().bfloat16().view(torch.int16)
@@ -96,9 +97,22 @@ class Encoder:
         if owner is None: raise SystemExit(f"{self.path}: cannot find the {n} blocks in {type(model).__name__}")
         setattr(owner, name, getattr(owner, name)[:self._upto(n)])
         model.config.num_hidden_layers = self._upto(n)
-        self.width, self.vocab_size, self.causal, self.config = c.hidden_size, c.vocab_size, True, c.to_json_string()
+        self.width, self.vocab_size, self.causal, self.config = c.hidden_size, c.vocab_size, None, c.to_json_string()
         if not self.is_last: getattr(owner, name)[-1].register_forward_hook(self._tap)
         return model
+
+    def _looks_left(self):
+        """Whether features stay as they are when a later token changes."""
+        ids = torch.arange(8).repeat(2, 1) % self.vocab_size
+        ids[1, -1] = self.vocab_size - 1
+        h = self.features(ids)[:, :-1]
+        return torch.allclose(*h, rtol=1e-4, atol=1e-4 * h.abs().max().item())
+
+    def is_of(self, path):
+        """Whether these features come from the model at `path`."""
+        if path == self.path: return True
+        try: return Encoder(path, self.layer).load().hash == self.hash
+        except SystemExit: return False                                         # it has not so many layers
 
     def _upto(self, n_layer):
         """How many blocks to run. The last hidden state, but no other, is behind the final norm."""

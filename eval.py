@@ -148,15 +148,15 @@ def describe(rows, texts, prompts):
 
 def samples(obj, tok, train, prompts, max_new_tokens, sampler, batch_size, seed):
     """Continue each of the prompts (lists of ids, may be empty), and look at what was written. train: a Corpus, or
-    None: no search in it. tokens_per_s: of max_new_tokens each, what an end of text saves included; of the fastest
-    batch, so compilation is not."""
+    None: no search in it. tokens_per_s: of max_new_tokens each (or of the objective's longest), what an end of text
+    saves included; of the fastest batch, so compilation is not."""
     rows, nfe, speed = [], 0, 0.0
     given = [[tok.sep_id] * (obj.separator is None) + prompt for prompt in prompts]     # a foreign model adds none
     for b, i in enumerate(range(0, len(given), batch_size)):
         started, part = time.time(), given[i:i + batch_size]
         more, forwards = obj.sample(part, max_new_tokens, **sampler, seed=solve.batch_seed(seed, b))
         rows, nfe = rows + [row[len(prompt):] for row, prompt in zip(more, part)], nfe + forwards
-        speed = max(speed, len(more) * max_new_tokens / (time.time() - started))
+        speed = max(speed, len(more) * min(max_new_tokens, obj.longest) / (time.time() - started))
     texts = [tok.decode(r) for r in rows]
     out = dict(nfe=nfe, tokens_per_s=speed) | describe(rows, texts, [tok.decode(p) for p in prompts])
     if train:
@@ -317,10 +317,10 @@ if __name__ == '__main__':
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
     if compiled and (canonical or obj.name != 'ldlm'): raise SystemExit("--compiled is for the sampler of an ldlm")
     if compiled: obj.compiled = compiled
-    if reader and obj.name == 'ldlm' and str(find(scorer) or scorer) == obj.encoder.path:
+    if reader and obj.name == 'ldlm' and obj.encoder.is_of(str(find(scorer) or scorer)):
         raise SystemExit(f"{scorer} is the encoder of {out_dir}: its latents come from that model, take another scorer")
-    for point in points if hasattr(obj, 'check_sampler') else ():
-        obj.check_sampler(**{k: (config | point)[k] for k in ('commit', 'score', 'remask', 'block_len', 'n_steps')})
+    for point in points if obj else ():
+        obj.check_sampler(**{k: (config | point)[k] for k in solve.SAMPLER})
     weights = obj and solve.fingerprint(obj)
     for model in filter(None, (obj, reader)): model.to(device)
     name = f"eval-{lm_eval or tasks}{'-sweep' * bool(sweep)}.json".replace(',', '-').replace('/', '_')
@@ -341,7 +341,9 @@ if __name__ == '__main__':
         V, folder = obj.model.cfg.vocab_size, data_dir or f"data/{Path(dataset).stem}-{Path(tok.name).name}"
         if not Path(folder, 'meta.json').exists():
             prepare(dataset, folder, tokenizer=str(find(out_dir) or out_dir), key=key)
-        found = Corpus(folder, split, seq_len or min(obj.model.cfg.max_seq_len, 1024), V, alone=obj.one_chunk_per_row)
+        longest, alone = obj.model.cfg.max_seq_len, obj.one_chunk_per_row
+        if alone and seq_len not in (0, longest): raise SystemExit(f"rows of {out_dir} are of {longest} tokens")
+        found = Corpus(folder, split, seq_len or (longest if alone else min(longest, 1024)), V, alone=alone)
         if not np.array_equal(found.tokenizer.token_bytes(), tok.token_bytes()):
             raise SystemExit(f"{folder} has the tokens of {found.meta['tokenizer']!r}, not of {out_dir}: "
                              "choose another --data_dir")

@@ -534,8 +534,8 @@ class LDLM(Objective):
 
     def prepare(self, batch, seed):
         """Draw xi (its t depends on the state, so forward looks it up), a seed of the noise per row, how noisy the
-        decoder's input is, and how long the prefix is: nothing in a quarter of the rows, else uniform, but it ends
-        before the text does."""
+        decoder's input is, and how long the prefix is: nothing in a quarter of the rows, in the others uniform from
+        nothing to prefix_len, but it ends before the text does."""
         T, row_ids, ids = batch.ids.shape[1], batch.row_ids.cpu(), batch.ids.cpu()
         rngs = [np.random.default_rng((seed, batch.step, int(r))) for r in row_ids]
         xi = (np.random.default_rng((seed, batch.step)).random() + GOLDEN * row_ids.double()) % 1
@@ -554,6 +554,7 @@ class LDLM(Objective):
         return ~(eos & F.pad(eos, (1, 0))[:, :-1])
 
     def _normed(self, h):
+        """Features in standard deviations, at most 10 of them [S]: a few outliers would own the MSE."""
         mean, std = self.model.feature_stats
         return ((h - mean) / std).clamp(-10, 10)
 
@@ -681,6 +682,7 @@ class LDLM(Objective):
         """-> times (n_steps,) and, per step, the (n_steps, 3) factors of zt, z_hat and fresh noise in
         z_s = alpha_s z_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v the variance of q(z_s | zt, z0).
         eta = 0 is DDIM, 1 ancestral. time_grid: uniform in t, or 'adaptive', uniform in xi. In fp64, on the CPU."""
+        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         if time_grid not in ('uniform', 'adaptive'):
             raise SystemExit(f"time_grid must be uniform or adaptive, got {time_grid!r}")
         if not 0 <= eta <= 1: raise SystemExit(f"eta must be from 0 (DDIM) to 1 (ancestral), got {eta}")
@@ -691,6 +693,13 @@ class LDLM(Objective):
         v = (s_s / s_t) ** 2 * (1 - (a_t / a_s) ** 2).clamp(min=0)
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
+
+    def check_sampler(self, n_steps, eta, time_grid, **_): self.grid(n_steps, time_grid, eta)
+
+    @property
+    def longest(self):
+        """The most tokens of a sample: a chunk, if there is no prefix for the next one."""
+        return math.inf if self.model.cfg.prefix_len else self.model.cfg.chunk_len
 
     def sampler(self, B, n_steps, eta=0.0, time_grid='adaptive'):
         """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
@@ -724,7 +733,6 @@ class LDLM(Objective):
         one it ends with the first. temperature to block_len are for other objectives."""
         L, P, device = self.model.cfg.chunk_len, self.model.cfg.prefix_len, self.model.head.weight.device
         if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
-        if n_steps < 1: raise SystemExit(f"n_steps must be at least 1, got {n_steps}")
         texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
         sampler = self.sampler(len(texts), n_steps, eta, time_grid)
         for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):

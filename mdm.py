@@ -206,7 +206,7 @@ class MDM(Objective):
         return self._trim(x, hole, real, stop_at_eos), nfe
 
     @staticmethod
-    def check_sampler(commit, score, remask, block_len, n_steps):
+    def check_sampler(commit, score, remask, block_len, n_steps, **_):
         """Refuse settings that `infill` has no rule for."""
         for name, value, known in (('commit', commit, ('schedule', 'ancestral', 'threshold')),
                                    ('score', score, ('confidence', 'margin', 'entropy', 'random')),

@@ -441,6 +441,7 @@ class Objective(nn.Module):
     shift = True                                                # row i - 1 of the hidden states predicts token i
     judge = 'nats_per_token'                                    # what 'best' minimises of validate(); '' = the newest
     one_chunk_per_row = False                                   # data.Corpus(alone=...): no packing of documents
+    longest = math.inf                                          # the most new tokens of a sample
 
     def __init__(self, model: Transformer, mask_id=None, separator=None, eos_id=None):
         super().__init__()
@@ -461,6 +462,8 @@ class Objective(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+
+    def check_sampler(self, **settings): pass                   # refuse what sample has no rule for
 
     def start(self, batches): pass                              # before the first step of a fresh run: statistics, ...
 

@@ -267,6 +267,12 @@ if world > 1:                                       # rank 0 may run programs fo
     dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=2) if tasks else None)
 
 # ---- model -------------------------------------------------------------------------------------------------
+def latent_config(frozen):
+    sizes = {f.name for f in dataclasses.fields(LatentConfig)} & config.keys() - {'vocab_size'}
+    return LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
+                        **{k: config[k] for k in sizes})
+
+
 training = dict(weighting=weighting, t_min=t_min, align_weight=align_weight, align_decay=align_decay,
                 align_every=align_every, align_random=align_random, align_first=align_first,
                 teacher_cache=teacher_cache, teacher=(teacher or ('' if fresh else init_from)) if align_weight else '')
@@ -282,6 +288,9 @@ elif not fresh:
                                           encoder_cache=encoder_cache, **training)
     if obj.separator is None: obj.separator = tok.sep_id    # our documents start with one
     if objective == 'ldlm':                                 # what is learned, as the command line has it
+        theirs, ours = (dataclasses.asdict(c) for c in (obj.model.cfg, latent_config(obj.encoder.load())))
+        if other := [f'{k} is {v}, here {ours[k]}' for k, v in theirs.items() if v != ours[k]]:
+            raise SystemExit(f"{init_from} has other sizes: {', '.join(other)}")
         if changed := {k: config[k] for k, v in obj.settings.items() if config[k] != v}:
             say(f"{init_from} was trained otherwise, this run has {changed}")
         obj = LDLM(obj.encoder, obj.model, obj.separator, obj.eos_id, **{k: config[k] for k in obj.settings})
@@ -289,10 +298,7 @@ elif objective == 'ldlm':
     if not encoder: raise SystemExit("objective=ldlm needs --encoder=<a language model>: config/ldlm_quickstart.py")
     tok = data.load_tokenizer(lender or f'{data_dir}/tokenizer')
     frozen = Encoder(encoder, encoder_layer, encoder_device, encoder_cache).load()
-    cfg = LatentConfig(vocab_size=frozen.vocab_size, feature_dim=frozen.width, max_seq_len=seq_len,
-                       **{f.name: config[f.name] for f in dataclasses.fields(LatentConfig) if f.name in config
-                          and f.name != 'vocab_size'})
-    obj = LDLM(frozen, LatentModel(cfg), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup,
+    obj = LDLM(frozen, LatentModel(latent_config(frozen)), tok.sep_id, tok.eos_id, sigma_dec, tangent_d, encoder_warmup,
                encoder_grad, vary_sigma, adaptive, self_cond, stats_rows, schedule, feature_loss)
 else:
     tok = data.load_tokenizer(f'{data_dir}/tokenizer')
@@ -303,6 +309,8 @@ else:
     mask_id = tok.mask_id if objective == 'ar' else checkpoint.find_mask_id(model, tok)
     obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, separator=tok.sep_id,
                                     eos_id=tok.eos_id, tokenizer=tok, **training)
+obj.check_sampler(n_steps=sample_steps, commit=sample_commit, score=sample_score, remask='none', block_len=0,
+                  eta=sample_eta, time_grid=sample_time_grid)
 obj.to(device).train()
 model = obj.model
 if freeze_layers: model.freeze(freeze_layers)

@@ -5,7 +5,8 @@
     python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20 \\
         --prompt_len=0 --n_samples=8 --result=rehearsal.json
 
-The scorer is another model than the encoder. An arm that is in the result is not run again, so a few at a time will do.
+The scorer is another model than the encoder. An arm that is in the result x.json, or in x_*.json of another GPU, is not
+run again, so a few at a time will do.
 """
 import json
 import shlex
@@ -79,25 +80,28 @@ if __name__ == '__main__':
     arms = 'A,B,C,D,E,F,G,H,I,S,P,L'
     seeds = '1337'
     twice = 'A,F'                               # arms that a second seed is for
-    max_iters = 700                             # the same for all, three minutes; the warm-up takes 40% of them
+    max_iters = 600                             # the same for all, three minutes; the warm-up takes 40% of them
     scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
     eval_rows = 2048                            # of the validation split
-    n_samples = 256
-    nfe = '4,8,16,32,64,128'
+    n_samples = 128
+    nfe = '8,32,128'
     prompt_len = 64                             # tokens of unseen documents that the samples continue
     out_dir = 'out/ldlm_ablations'
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
+    elsewhere = [row for f in Path(result).parent.glob(f'{Path(result).stem}_*.json') for row in json.loads(
+        f.read_text())['results']]
     rows, shared = there['results'], 'config_file max_iters eval_rows scorer n_samples prompt_len nfe'.split()
     if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
     for arm in arms.split(','):
         for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):
-            if old := [row for row in rows if (row['arm'], row['seed']) == (arm, seed)]:
+            if old := [row for row in rows + elsewhere if (row['arm'], row['seed']) == (arm, seed)]:
                 if old[0]['settings'] == settings_of(arm): continue
                 raise SystemExit(f"{result} has another arm {arm}: delete it or choose another one")
             rows.append(run_arm(arm, seed))
             write_json(Path(result), provenance('cuda' if torch.cuda.is_available() else 'cpu', started)
                        | dict(results=rows, config=config))
+    print(f"{result} has {len(rows)} arms, its other parts {len(elsewhere)}")

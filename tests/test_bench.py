@@ -213,6 +213,7 @@ def test_ldlm(ldlm_config, monkeypatch):
 def test_ldlm_proof_finds_a_denoiser_that_is_not_used(ldlm_config, monkeypatch):
     """The published loop: the last prediction counts 0."""
     o = bench.latent_objective(ldlm_config, ldlm_config.shapes, 8, True)
+    assert o.grid(4)[0].tolist() == [1, 0.75, 0.5, 0.25]                        # steps that move, then
     monkeypatch.setattr(bench.LDLM, 'grid', lambda self, n, *_: (torch.ones(n), torch.tensor([[1.0, 0, 0]] * n)))
     found = bench.weights_that_matter(o)['without_effect']
     assert found and all(name.startswith('dit') for name in found) and any('qkv_proj' in name for name in found)

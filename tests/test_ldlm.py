@@ -4,6 +4,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -156,6 +157,15 @@ def test_never_is_the_gradient_of_the_features_alone():
     assert a['dit.0.mlp.down_proj.weight'].any()
 
 
+def test_matrices_that_the_optimizer_takes_apart():
+    """Muon works on the maps that were one matrix for speed: none of them is larger than d x d or d x n_ff."""
+    m = tiny().model
+    for name, p in m.named_parameters():
+        rows_of = m.fused_rows().get(name.split('.')[-2], [len(p)]) if name.count('.') > 2 else [len(p)]
+        if '.layers.' in f'.{name}' or name.split('.')[0] in ('encoder', 'decoder', 'token_decoder', 'dit'):
+            assert sum(rows_of) == len(p) and max(rows_of) <= 64, name
+
+
 def test_what_validation_says_of_the_latents():
     """One text for all rows: no variance between latents. Noise on the decoder's input costs accuracy. The effective
     rank is that of the latents' second moments; the curve is R^2 over xi, with as many terms as rows fill bins."""
@@ -177,6 +187,10 @@ def test_what_validation_says_of_the_latents():
     same = replace(batch, ids=batch.ids[:1].expand_as(batch.ids).contiguous())
     assert o.validate([same], 0)['latent_variance'] < 1e-9
     noise = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    seen, real = [], o._denoise
+    o._denoise = lambda z, t, seed, guess, prefix: seen.append(guess) or real(z, t, seed, guess, prefix)
+    o.validate([batch], 0)
+    assert all(guess.tolist() == list(range(64)) for guess in seen) and len(seen) == 2      # all with self-conditioning
     o._denoise = lambda z, t, *_: z + t[:, None, None].sqrt() * (1 + 0.01 * noise[:len(z), :, None])
     assert o.validate([batch], 0)['linearity'] > 0.99
     o._denoise = lambda z, t, *_: z + t[:, None, None] ** 3
@@ -336,6 +350,62 @@ def test_adaptive_timesteps_make_the_loss_linear(steps, batch):
     assert r2(ts.quantile(xi)) > 0.99 > 0.9 > r2(xi)
     assert torch.histc(ts.quantile(xi), 64, 0, 1).min() > 0
     assert torch.all(ts.cdf.diff() > 0) and ts.cdf[0] == 0 and ts.cdf[-1] == 1
+
+
+def bent(o, power=3):
+    """Timesteps that are not uniform: F(t) = t^power at the edges of the bins."""
+    o.model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) ** power)
+    return o
+
+
+def test_the_adaptive_grid_is_uniform_in_xi():
+    """Times at F(t) = 1, 3/4, 1/2, 1/4; the steps' factors are those of the schedule at these times."""
+    o = bent(tiny(settings=dict(self_cond=False)))
+    xi = torch.tensor([1, 0.75, 0.5, 0.25])
+    t, f = o.grid(4, 'adaptive')
+    torch.testing.assert_close(t, xi ** (1 / 3), atol=2e-4, rtol=0)
+    assert torch.equal(t, o.grid(4)[0]) and torch.equal(o.grid(4, 'uniform')[0], xi)
+    a, s = o.alpha_sigma(torch.tensor([*t.double(), 0]))
+    torch.testing.assert_close(f[:, 0], s[1:] / s[:-1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(f[:, 1], a[1:] - s[1:] / s[:-1] * a[:-1], atol=1e-6, rtol=0)
+    seeds, told = torch.tensor([5, 9]), []
+    o.model.modulations = lambda t, real=o.model.modulations: told.append(t.item()) or real(t)
+    adaptive, uniform = (Sampler(o, 2, 4, time_grid=g).latents(seeds) for g in ('adaptive', 'uniform'))
+    assert told == pytest.approx([*t.tolist(), *xi.tolist()]) and not torch.allclose(adaptive, uniform)
+    told.clear()
+    for kw in ({}, dict(time_grid='uniform')): o.sample([[]], 12, n_steps=4, **kw)
+    assert told == pytest.approx([*t.tolist(), *xi.tolist()])
+    assert o.grid(1)[0].tolist() == [1]
+    for wrong in (dict(time_grid='linear'), dict(eta=2), dict(n_steps=0)):
+        with pytest.raises(SystemExit): o.check_sampler(**dict(n_steps=4, eta=0, time_grid='uniform') | wrong)
+
+
+def test_training_draws_uniform_in_xi_only_if_adaptive():
+    """The denoiser is asked at t = F^-1(xi), or at xi; and only then do the losses change F."""
+    for adaptive in (True, False):
+        o, batch = bent(tiny(settings=dict(adaptive=adaptive, self_cond=False))), rows(4)
+        told, real = [], o.model.modulations
+        o.model.modulations = lambda t, told=told, real=real: told.append(t) or real(t)
+        b = o.prepare(batch, 0)
+        _, stats = o(b)
+        want = b.noise['xi'] ** (1 / 3) if adaptive else b.noise['xi']
+        torch.testing.assert_close(told[0], want, atol=0.02, rtol=0)
+        o.after_step(stats)
+        assert bool(o.model.timesteps.bins.any()) == adaptive
+
+
+def test_running_statistics_forget():
+    o = tiny()
+    _, stats = o(o.prepare(rows(4), 0))
+    for _ in range(2): o.after_step(stats)
+    torch.testing.assert_close(o.model.latent_sums, 1.9 * stats['_latents'])
+
+
+def test_outliers_are_cut_at_ten_deviations():
+    o = tiny()
+    o.model.feature_stats.copy_(torch.stack([torch.full((24,), 3.0), torch.full((24,), 2.0)]))
+    h = torch.tensor([3.0, 5.0, 103.0, -97.0])[:, None].expand(4, 24)
+    assert o._normed(h)[:, 0].tolist() == [0, 1, 10, -10]
 
 
 def test_adaptive_timesteps_start_uniform_and_stay_stratified():
@@ -587,6 +657,59 @@ def test_a_long_text_is_read_as_in_training(tmp_path):
     torch.testing.assert_close(shown['context'], want['context'])
 
 
+def test_later_chunks_continue_and_have_noise_of_their_own():
+    """A chunk sees the last prefix_len tokens of what is there; its noise is not that of the chunk before."""
+    o, calls = tiny(prefix_len=4), []
+    o.eos_id = None
+
+    def spy(seeds, see=None, **prefix):
+        calls.append((seeds, prefix))
+        return torch.arange(1, 9)[None] + 8 * len(calls)
+    o.sampler = lambda *a: spy
+    (text,), nfe = o.sample([[7, 8]], 20, n_steps=3)
+    assert text == [7, 8, *range(9, 29)]
+    assert nfe == 9 and len({seeds.item() for seeds, _ in calls}) == 3
+    for (_, prefix), before in zip(calls, ([7, 8], text[:10], text[:18])):
+        for k, x in o._prefix([before]).items(): assert torch.equal(prefix[k], x)
+
+
+def test_where_the_prefix_lies():
+    """Left of the chunk, whose tokens and latents share one axis: attention of a key sees differences of positions."""
+    m = tiny(prefix_len=4, n_latents=4).model                                   # a latent per two tokens of eight
+    got = {what: m._rot(what, 1) for what in ('prefix', 'tokens', 'latents')}
+    where = dict(prefix=[-4, -3, -2, -1], tokens=list(range(8)), latents=[0.5, 2.5, 4.5, 6.5])
+    for what, pos in where.items():                                             # the first pair turns by 1 rad a token
+        cos, sin = (x[0, :, 0].tolist() for x in got[what])
+        assert cos == pytest.approx([math.cos(p) for p in pos], abs=1e-5), what
+        assert sin == pytest.approx([math.sin(p) for p in pos], abs=1e-5), what
+
+
+def test_checkpointing_runs_blocks_again():
+    """Every block of all networks once more in the backward pass, and the gradients are the same."""
+    def run(checkpointing):
+        o, calls = tiny(prefix_len=4, settings=dict(self_cond=False)), []
+        o.model.activation_checkpointing = checkpointing
+        for net in o.networks():
+            for block in net.layers: block.register_forward_pre_hook(lambda block, args: calls.append(block))
+        loss, _ = o.train()(o.prepare(rows(4), 0))
+        forward = len(calls)
+        loss.backward()
+        return forward, len(calls), [p.grad for p in o.model.parameters()]
+    (n, all_plain, want), (_, all_again, got) = run(False), run(True)
+    assert all_plain == n and all_again == 2 * n
+    for a, b in zip(got, want): torch.testing.assert_close(a, b)
+
+
+def test_flops_are_those_of_the_counter():
+    """PyTorch's count of a training step, less what the docstring leaves out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for kw in ({}, dict(perceiver_block='split', perceiver_skip=False)):
+        o = tiny(**kw)
+        batch = o.prepare(rows(4), 0)
+        with FlopCounterMode(display=False) as counter: o(batch)[0].backward()
+        assert 0.9 < o.flops_per_token(13) * batch.ids.numel() / counter.get_total_flops() < 0.95
+
+
 def test_unseen_prefix_does_not_matter():
     o = tiny(prefix_len=4)
     z, mods = torch.randn(2, 8, 32), o.model.modulations(torch.tensor([0.3, 0.6]))
@@ -662,6 +785,10 @@ def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     r = json.loads((tmp_path / 'r.json').read_text())
     r['results'][0]['settings']['encoder_warmup'] = 9
     (tmp_path / 'r.json').write_text(json.dumps(r))
+    (tmp_path / 'r_2.json').write_text(json.dumps(dict(results=[dict(arm='B', seed=1337, settings=dict(
+        feature_loss=False, encoder_warmup=8))])))
+    ablations('--arms=B', '--max_iters=20')                                     # the part of another GPU
+    assert len(runs) == 4
     with pytest.raises(SystemExit, match='another arm A'): ablations('--arms=A', '--max_iters=20')
 
 
@@ -691,6 +818,32 @@ def test_encoder_is_hidden_states_of_transformers(tmp_path):
     o = tiny(str(tmp_path / 'own'))
     assert not any('norm.weight' == n or 'embed' in n for n in o.state_dict())
     assert sum(p.numel() for p in o.parameters()) == o.model.n_params()
+
+
+def test_a_bidirectional_encoder_gives_no_prefix(tmp_path):
+    """Of transformers' models it is seen in their features which ones look ahead; without a prefix they will do."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+    torch.manual_seed(0)
+    BertModel(BertConfig(num_hidden_layers=3, num_attention_heads=2, hidden_size=32, intermediate_size=48,
+                         vocab_size=64)).save_pretrained(tmp_path / 'bert')
+    GPT2Model(GPT2Config(n_layer=3, n_head=2, n_embd=32, vocab_size=64, bos_token_id=0, eos_token_id=0)
+              ).save_pretrained(tmp_path / 'gpt2')
+    tiny(str(tmp_path / 'gpt2'), prefix_len=4), tiny(str(tmp_path / 'bert'))
+    with pytest.raises(SystemExit, match='not causal'): tiny(str(tmp_path / 'bert'), prefix_len=4)
+
+
+def test_whose_features_they_are(tmp_path):
+    """A scorer must be another model than the encoder, whatever its folder is called."""
+    for seed, name in enumerate(('own', 'other')):
+        torch.manual_seed(seed)
+        Transformer(ModelConfig(vocab_size=64, n_layer=4, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16)
+                    ).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / 'own', tmp_path / 'copy')
+    e = Encoder(tmp_path / 'own', -4).load()
+    assert [e.is_of(str(tmp_path / name)) for name in ('own', 'copy', 'other')] == [True, True, False]
+    Transformer(ModelConfig(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ff=48, head_dim=16)
+                ).save_pretrained(tmp_path / 'short')
+    assert not e.is_of(str(tmp_path / 'short'))
 
 
 @pytest.mark.gpu
