@@ -82,6 +82,7 @@ class Encoder:
             return RandomFeatures(self.width, self.vocab_size)
         kind = 'llama' if gguf_path(self.path) else json.loads(
             (resolve(self.path) / 'config.json').read_text()).get('model_type')
+        if kind == 'ldlm': raise SystemExit(f"{self.path} is a latent diffusion model: it has no features of tokens")
         if kind in ('llama', 'qwen2', 'qwen3'):
             model = Transformer.from_pretrained(self.path)
             model.layers = model.layers[:self._upto(len(model.layers))]

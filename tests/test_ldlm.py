@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -760,7 +761,7 @@ def test_ablations():
 
 def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     """Every arm takes the steps that were asked for, in a folder of its own; a result holds one set of settings."""
-    runs, real = [], subprocess.run
+    runs, real = [], subprocess.Popen
 
     def fake(command, **kw):
         if command[0] == 'git': return real(command, **kw)
@@ -769,7 +770,8 @@ def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
         facts = dict.fromkeys(('validation', 'parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s'), 1)
         Path(words['out_dir']).mkdir(parents=True)
         Path(words['out_dir'], 'result.json').write_text(json.dumps(facts))
-    monkeypatch.setattr(subprocess, 'run', fake)
+        return SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(subprocess, 'Popen', fake)
 
     def ablations(*words):
         monkeypatch.setattr(sys, 'argv', ['x', f'--out_dir={tmp_path}/out', f'--result={tmp_path}/r.json', *words])
