@@ -52,7 +52,7 @@ import kernels as K
 from checkpoint import find, provenance, write_json
 from data import Batch
 from encoder import Encoder
-from ldlm import LDLM, LatentConfig, LatentModel, Sampler, row_noise
+from ldlm import LDLM, AdaptiveTimesteps, LatentConfig, LatentModel, Sampler, row_noise
 from mdm import MDM
 from model import ModelConfig, Transformer
 from repr_align import ReprAlign
@@ -737,7 +737,7 @@ def latent_objective(c, path, tokens, adaln):
     with torch.device('meta'): model = LatentModel(cfg)
     model = model.in_dtype(torch.bfloat16 if c.device == 'cuda' else torch.float32).to_empty(device=c.device)
     for x in model.buffers(): x.zero_()
-    model.timesteps.cdf.copy_(torch.linspace(0, 1, model.timesteps.n_bins + 1))
+    model.timesteps = AdaptiveTimesteps().to(c.device)
     torch.manual_seed(c.seed)
     with torch.no_grad():
         model.init_weights()

@@ -227,7 +227,10 @@ def provenance(device: str, started: float) -> dict:
     world = int(os.environ.get('WORLD_SIZE', 1))
     name = (torch.cuda.get_device_name() if gpu else
             f'CPU {platform.machine()}, {torch.get_num_threads()} threads')
-    return dict(command=shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]]),
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    script = script.relative_to(root) if script.is_relative_to(root) else script.name
+    switches = [f'{k}={os.environ[k]}' for k in ('KERNELS', 'TORCH_BLAS_PREFER_CUBLASLT') if k in os.environ]
+    return dict(command=shlex.join([*switches, 'python', str(script), *sys.argv[1:]]),
                 commit=commit or 'unknown', date=time.strftime('%Y-%m-%d'),
                 hardware=f'{world} x {name}' if world > 1 else name,
                 versions=dict(python=platform.python_version(), torch=torch.__version__),

@@ -341,9 +341,9 @@ if __name__ == '__main__':
         V, folder = obj.model.cfg.vocab_size, data_dir or f"data/{Path(dataset).stem}-{Path(tok.name).name}"
         if not Path(folder, 'meta.json').exists():
             prepare(dataset, folder, tokenizer=str(find(out_dir) or out_dir), key=key)
-        longest, alone = obj.model.cfg.max_seq_len, obj.one_chunk_per_row
-        if alone and seq_len not in (0, longest): raise SystemExit(f"rows of {out_dir} are of {longest} tokens")
-        found = Corpus(folder, split, seq_len or (longest if alone else min(longest, 1024)), V, alone=alone)
+        trained, alone = obj.model.cfg.max_seq_len, obj.one_chunk_per_row
+        if alone and seq_len not in (0, trained): raise SystemExit(f"rows of {out_dir} are of {trained} tokens")
+        found = Corpus(folder, split, seq_len or (trained if alone else min(trained, 1024)), V, alone=alone)
         if not np.array_equal(found.tokenizer.token_bytes(), tok.token_bytes()):
             raise SystemExit(f"{folder} has the tokens of {found.meta['tokenizer']!r}, not of {out_dir}: "
                              "choose another --data_dir")

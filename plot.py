@@ -11,6 +11,7 @@
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 from statistics import harmonic_mean, mean
@@ -380,6 +381,31 @@ def sweep_point(name):
 LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_continued', 'ldlm_real')
 
 
+def between(points, x):
+    """y at x on the straight lines through the points (x, y); None outside of them."""
+    points = sorted(points)
+    for (a, ya), (b, yb) in zip(points, points[1:]):
+        if a <= x <= b: return ya + (x - a) / (b - a) * (yb - ya)
+
+
+def ldlm_against_mdm(mdm, ldlm):
+    """A table of LDLM's perplexity over MDM's where that has the same entropy, between its temperatures: at as many
+    steps, and at as many tokens/s, between its numbers of steps (all in logs)."""
+    at_steps, rows = {}, {}
+    for name, x in mdm['results'].items(): at_steps.setdefault(sweep_point(name)[1], []).append(x)
+    for name, x in ldlm['results'].items():
+        _, steps, (eta, grid) = sweep_point(name)
+        if grid != 'time_grid=adaptive': continue
+        same = {n: [between([(y['token_entropy'], math.log(y[key])) for y in of], x['token_entropy'])
+                    for key in ('gen_ppl', 'tokens_per_s')] for n, of in at_steps.items()}
+        speed = between([(s, p) for p, s in same.values() if p is not None], math.log(x['tokens_per_s']))
+        rows.setdefault(steps, []).extend([
+            f"{x['tokens_per_s'] / 1e3:.0f}k", *('-' if y is None else f"{x['gen_ppl'] / math.exp(y):.2f}"
+                                                 for y in (same[steps][0], speed))])
+    head = ('tokens/s, eta {}', 'perplexity over MDM\'s, same steps', 'same speed')
+    return table(('steps', *(h.format(eta) for eta in (0, 1) for h in head)), *([n, *row] for n, row in rows.items()))
+
+
 def ldlm_samples():
     """Continuations of unseen documents: perplexity under another model, entropy, speed. Of one model's settings at a
     number of steps, those that no other one beats in both."""
@@ -401,7 +427,8 @@ def ldlm_samples():
             speed = f"{x['tokens_per_s'] / 1e3:.1f}k" if 'tokens_per_s' in x else ''
             lines.append((label, others, steps, f"{x['gen_ppl']:.1f}", f"{x['token_entropy']:.2f}",
                           f"{x['lines_that_parse']:.0%}", speed))
-    return '![Perplexity, entropy, speed](results/ldlm_pareto.png)\n\n' + table(*lines)
+    return '\n\n'.join(['![Perplexity, entropy, speed](results/ldlm_pareto.png)', table(*lines),
+                        ldlm_against_mdm(*found[1:3])])
 
 
 def ldlm_ablations():

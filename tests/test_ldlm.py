@@ -161,10 +161,9 @@ def test_never_is_the_gradient_of_the_features_alone():
 def test_matrices_that_the_optimizer_takes_apart():
     """Muon works on the maps that were one matrix for speed: none of them is larger than d x d or d x n_ff."""
     m = tiny().model
-    for name, p in m.named_parameters():
-        rows_of = m.fused_rows().get(name.split('.')[-2], [len(p)]) if name.count('.') > 2 else [len(p)]
-        if '.layers.' in f'.{name}' or name.split('.')[0] in ('encoder', 'decoder', 'token_decoder', 'dit'):
-            assert sum(rows_of) == len(p) and max(rows_of) <= 64, name
+    for name, p in m.layers.named_parameters():
+        rows_of = m.fused_rows().get(name.split('.')[-2], [len(p)])
+        assert sum(rows_of) == len(p) and max(rows_of) <= 64, name
 
 
 def test_what_validation_says_of_the_latents():

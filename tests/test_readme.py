@@ -64,3 +64,17 @@ def test_every_file_and_config_it_names_exists():
 def test_weights_fit_the_repository():
     sizes = [f.stat().st_size for f in (ROOT / 'weights').iterdir()]
     assert sum(sizes) <= 25 * 2 ** 20 and max(sizes) <= 16 * 2 ** 20
+
+
+def test_latent_beside_masked_diffusion_at_equal_entropy():
+    """Between two temperatures the middle is the geometric mean; speeds outside of MDM's have no number."""
+    point = lambda entropy, ppl, speed: dict(token_entropy=entropy, gen_ppl=ppl, tokens_per_s=speed)
+    mdm = dict(results={f'gen_ppl,n_steps={n},temperature={t}': point(6 + t, ppl * 4 ** t, 1e6 / n)
+                        for n, ppl in ((4, 100), (16, 25)) for t in (0, 1)})                    # 200, 50 at entropy 6.5
+    ldlm = dict(results={f'gen_ppl,n_steps={n},eta={eta},time_grid={grid}': point(6.5, 100, speed)
+                         for n, speed in ((4, 5e5), (16, 1.25e5)) for eta in (0.0, 1.0)
+                         for grid in ('uniform', 'adaptive')})
+    head, _, four, sixteen = plot.ldlm_against_mdm(mdm, ldlm).splitlines()
+    assert head.count('|') == four.count('|') == 8
+    assert four == '| 4 | 500k | 0.50 | - | 500k | 0.50 | - |'
+    assert sixteen == '| 16 | 125k | 2.00 | 1.00 | 125k | 2.00 | 1.00 |'        # 100 halfway in log speed
