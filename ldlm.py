@@ -701,11 +701,11 @@ class LDLM(Objective):
         """The most tokens of a sample: a chunk, if there is no prefix for the next one."""
         return math.inf if self.model.cfg.prefix_len else self.model.cfg.chunk_len
 
-    def sampler(self, B, n_steps, eta=0.0, time_grid='adaptive'):
+    def sampler(self, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0):
         """A Sampler; in eval mode the last one is kept, until eval() or train() are called."""
-        key = B, n_steps, eta, time_grid, self.compiled, self.model.head.weight.device
-        if self.training: return Sampler(self, *key[:5])
-        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:5])
+        key = B, n_steps, eta, time_grid, temperature, self.compiled, self.model.head.weight.device
+        if self.training: return Sampler(self, *key[:6])
+        if self.kept[0] != key: self.kept = key, Sampler(self, *key[:6])
         return self.kept[1]
 
     def train(self, mode=True):
@@ -730,11 +730,11 @@ class LDLM(Objective):
                remask='', tau=0.0, block_len=0, seed=0, history=None, eta=0.0, time_grid='adaptive'):
         """prompts: lists of ids -> (lists of ids, prompt included, cut before EOS), nfe. A chunk at a time: n_steps
         denoiser calls, then the decoder's argmax; with a prefix_len, further chunks continue what is there, without
-        one it ends with the first. temperature to block_len are for other objectives."""
+        one it ends with the first. top_k to block_len are for other objectives."""
         L, P, device = self.model.cfg.chunk_len, self.model.cfg.prefix_len, self.model.head.weight.device
         if any(prompts) and not P: raise SystemExit("this model was trained with prefix_len=0: it takes no prompt")
         texts, done, nfe = [list(p) for p in prompts], [False] * len(prompts), 0
-        sampler = self.sampler(len(texts), n_steps, eta, time_grid)
+        sampler = self.sampler(len(texts), n_steps, eta, time_grid, temperature)
         for _ in range(-(-max_new_tokens // L) if P else min(max_new_tokens, 1)):
             if all(done): break
             seeds = [int(np.random.default_rng((seed, i, nfe)).integers(2 ** 62)) for i in range(len(texts))]
@@ -770,18 +770,19 @@ class Sampler:
     What no latent enters is computed here, once: modulations and factors of every step, the decoder's queries behind
     their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
+    temperature: the noise at the start, and with eta on the way, is so many standard deviations [S].
     compiled: '' or a mode of torch.compile without CUDA graphs, for a step, for the decoders and for the noise."""
 
-    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', compiled=''):
+    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled=''):
         o, device = objective, objective.model.head.weight.device
         on_gpu = device.type == 'cuda'
         self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False)
-        self.self_cond = o.settings['self_cond']
+        self.self_cond, self.temperature = o.settings['self_cond'], temperature
         times, factors = o.grid(n_steps, time_grid, eta)
         with torch.no_grad(), self.autocast:
             self.steps = [(m.modulations(t), *ab.float().to(device), eta_part.item()) for t, ab, eta_part in zip(
-                times.to(device).split(1), factors[:, :2], factors[:, 2])]
+                times.to(device).split(1), factors[:, :2], temperature * factors[:, 2])]
             self.start = m.decoder_start(B)
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
         parts = self._step, lambda z: m.token_states(m.decode(z, self.start)), row_noise
@@ -799,7 +800,7 @@ class Sampler:
         """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
         shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
         with self.autocast:
-            z = self.noise(seeds, shape)
+            z = self.temperature * self.noise(seeds, shape)
             z_hat = torch.zeros_like(z)
             prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
             for i, (*step, c) in enumerate(self.steps):

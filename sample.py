@@ -302,7 +302,7 @@ if __name__ == '__main__':
     n = 3                   # samples, as one batch
     # how; for ar only temperature, top_k, top_p and seed matter
     n_steps = 64            # forwards to spend: as many as tokens is best, fewer is faster and worse
-    temperature = 0.8       # below 1 more conservative, 0 = always the most likely token
+    temperature = 0.8       # below 1 more conservative, 0 = always the most likely token (ldlm: scales the noise)
     top_k = 0               # choose among the k most likely tokens, 0 = all
     top_p = 1.0             # choose among the most likely tokens that share this probability
     commit = 'ancestral'    # how many tokens per step: ancestral (a random number, the exact reverse
@@ -418,7 +418,7 @@ if __name__ == '__main__':
             for record in records: f.write(json.dumps(record, ensure_ascii=False) + '\n')
         print(f"appended {n} line(s) to {out}")
     if html:
-        shown = dict(ar='temperature top_k top_p seed', ldlm='n_steps eta time_grid seed').get(obj.name)
+        shown = dict(ar='temperature top_k top_p seed', ldlm='n_steps temperature eta time_grid seed').get(obj.name)
         used = {k: v for k, v in settings.items() if k in (shown.split() if shown else settings)}
         facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')

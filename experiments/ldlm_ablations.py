@@ -71,8 +71,9 @@ def run_arm(arm, seed):
         file = Path(folder, 'samples.json')
         used = trained['config']
         run('eval.py', out_dir=folder, tasks='gen_ppl', scorer=scorer, n_samples=n_samples, sweep=f'n_steps={nfe}',
-            time_grid='uniform', prompt_len=prompt_len, dataset=used['dataset'], data_dir=used['data_dir'], result=file,
-            max_new_tokens=used['sample_tokens'], batch_size=min(64, n_samples))
+            temperature=1, time_grid='uniform', prompt_len=prompt_len, dataset=used['dataset'],
+            data_dir=used['data_dir'], result=file, max_new_tokens=used['sample_tokens'],
+            batch_size=min(64, n_samples))
         for name, r in json.loads(file.read_text())['results'].items():
             row['samples'][name.split('=')[1]] = {k: v for k, v in r.items() if isinstance(v, (int, float))}
     return row

@@ -450,16 +450,17 @@ class ExactDenoiser(LatentModel):
 
 
 @pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
-@pytest.mark.parametrize('grid', ['uniform', 'adaptive'])
-def test_exact_denoiser_recovers_the_gaussian(eta, grid):
-    """For every eta and grid, the marginal at t = 0 is the data's (up to the grid's discretisation)."""
+@pytest.mark.parametrize('grid, temperature', [('uniform', 1), ('adaptive', 1), ('adaptive', 0.8), ('uniform', 0)])
+def test_exact_denoiser_recovers_the_gaussian(eta, grid, temperature):
+    """For every eta and grid, the marginal at t = 0 is the data's (up to the grid's discretisation), and a temperature
+    scales its standard deviation."""
     model = ExactDenoiser(LatentConfig(**SMALL | dict(n_embd=4, n_head=1)))
     model.timesteps.cdf.copy_(torch.linspace(0, 1, 65) * 0.7 + torch.linspace(0, 1, 65) ** 2 * 0.3)
     o = LDLM(Encoder('random:24:64'), model, 0, 0)
-    z = Sampler(o, 2000, 512, eta, grid).latents(torch.arange(2000) * 7919).flatten(0, 1)       # (24000, 4)
+    z = Sampler(o, 2000, 512, eta, grid, temperature).latents(torch.arange(2000) * 7919).flatten(0, 1)  # (24000, 4)
     torch.testing.assert_close(z.mean(0), model.mean, atol=0.02, rtol=0)
-    torch.testing.assert_close(z.std(0), model.std, atol=0.01, rtol=0.05)
-    assert abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
+    torch.testing.assert_close(z.std(0), model.std * temperature, atol=0.01, rtol=0.05)
+    assert not temperature or abs(torch.corrcoef(z.T) - torch.eye(4)).max() < 0.03
 
 
 def test_a_step_of_the_grid_is_the_exact_posterior():
@@ -485,6 +486,8 @@ def test_sampling_is_a_function_of_the_seed_and_the_denoiser_matters():
     assert o.sample([[]], 12, n_steps=4, seed=5)[0] == many[:1]                 # whatever the neighbours
     assert all(len(r) <= 12 and 0 not in r for r in many) and len(o.sample([[]], 5, n_steps=2)[0][0]) <= 5
     assert o.sample([[]], 0) == ([[]], 0)
+    cold, _ = o.sample([[]] * 3, 12, n_steps=4, seed=5, temperature=0)
+    assert cold != many and cold[0] == cold[1] == cold[2]                       # no noise, one text
     for p in o.model.dit_out.parameters(): p.data.neg_()
     assert o.sample([[]] * 3, 12, n_steps=4, seed=5)[0] != many
     with pytest.raises(SystemExit, match='prefix_len=0'): o.sample([[1]], 12)
@@ -556,6 +559,7 @@ def test_sampler_is_kept_while_the_weights_stay():
     assert o.sampler(2, 3) is not o.sampler(2, 3)                               # training
     o.eval()
     assert o.sampler(2, 3) is o.sampler(2, 3) is not o.sampler(2, 4)
+    assert o.sampler(2, 3, temperature=0.5) is not o.sampler(2, 3)
     old = o.sampler(2, 3)
     assert o.train().eval().sampler(2, 3) is not old
     plain, o.compiled = o.sampler(2, 3), 'default'
