@@ -52,7 +52,7 @@ import kernels as K
 from checkpoint import find, provenance, write_json
 from data import Batch
 from encoder import Encoder
-from ldlm import LDLM, AdaptiveTimesteps, LatentConfig, LatentModel, Sampler, row_noise
+from ldlm import LDLM, AdaptiveTimesteps, LatentConfig, LatentModel, Sampler
 from mdm import MDM
 from model import ModelConfig, Transformer
 from repr_align import ReprAlign
@@ -857,7 +857,7 @@ def time_latents(o, way, B, n_steps, roof, mode, compared):
         tokens = run()
         facts = dict(first_s=time.time() - started, same=(run() == tokens).float().mean().item())
         if compared:
-            want = plain_loop(o, row_noise(seeds, shape), n_steps)[0].float()
+            want = plain_loop(o, K.row_noise(seeds, shape), n_steps)[0].float()
             got = sampler.states(sampler.latents(seeds)).float()
             facts['rel_error'] = ((got - want).norm() / want.norm()).item()
     n = min(30, max(5, round(1000 / median_ms(run, on_gpu, 3))))

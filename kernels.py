@@ -10,6 +10,7 @@
     modulate      adaLN of a diffusion transformer, with the gated residual add fused in
     unmask        from logits to candidate tokens, for the samplers
     head_argmax   from states to their likeliest tokens, without logits in memory
+    row_noise     normal noise that is a function of the row's seed alone
 
 A section reads: the mathematics and what is saved; `foo_ref`, plain PyTorch and the specification; the Triton
 kernels; the glue to autograd; the public `foo`. All but linear algebra is bound by memory: count the bytes.
@@ -1157,6 +1158,62 @@ def head_argmax(h: Tensor, weight: Tensor) -> Tensor:
     _head_argmax[(tiles, triton.cdiv(N, HEAD_ARGMAX['ROWS']))](
         h, weight, best, place, N, V, D, **_head_argmax_tiles(h.element_size()))
     return place.gather(1, best.argmax(1, keepdim=True)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# row_noise: standard normal numbers that are a function of (seed of the row, stream, place in the row) alone, whatever
+# the batch and the device: a sample does not depend on its neighbours. 32-bit hashes of the place (lowbias32), keyed by
+# the row, then Box-Muller: place j has the cosine of pair j, the second half of a row the sines. In PyTorch that is
+# some thirty passes over int64.
+
+
+def row_noise_ref(seeds: Tensor, shape, stream: int = 0) -> Tensor:
+    n, low = math.prod(shape), 0xFFFFFFFF
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x7feb352d) & low
+        x = ((x ^ (x >> 15)) * 0x846ca68b) & low
+        return x ^ (x >> 16)
+    key = mix(mix(seeds & low) ^ ((seeds >> 32) & low)) ^ mix(torch.full_like(seeds, stream + 1) * 0x9e3779b1 & low)
+    i = torch.arange(2 * -(-n // 2), device=seeds.device)
+    u = (mix(mix(i ^ key[:, None]) + key[:, None] & low).float() + 0.5) * 2.0 ** -32
+    radius, angle = (-2 * u[:, ::2].clamp(min=2.0 ** -33).log()).clamp(min=0).sqrt(), 2 * math.pi * u[:, 1::2]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n].view(-1, *shape)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7feb352d                            # uint32: products wrap
+    x = (x ^ (x >> 15)) * 0x846ca68b
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _uniform(i, key):
+    return (_mix(_mix(i ^ key) + key).to(tl.float32) + 0.5) * 2.3283064365386963e-10        # 2^-32
+
+
+@triton.jit(do_not_specialize=['stream'])
+def _row_noise(seeds, out, n, stream, BLOCK: tl.constexpr):
+    row, half = tl.program_id(0).to(tl.int64), (n + 1) // 2
+    seed = tl.load(seeds + row)
+    key = _mix(_mix(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)) ^ _mix((stream + 1).to(tl.uint32) * 0x9e3779b1)
+    pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.maximum(_uniform((2 * pair).to(tl.uint32), key), 1.1641532182693481e-10)         # 2^-33
+    radius = tl.sqrt(tl.maximum(-2 * tl.log(u), 0))
+    angle = 6.283185307179586 * _uniform((2 * pair + 1).to(tl.uint32), key)
+    out += row * n + pair
+    tl.store(out, radius * tl.cos(angle), pair < half)
+    tl.store(out + half, radius * tl.sin(angle), half + pair < n)
+
+
+def row_noise(seeds: Tensor, shape, stream: int = 0) -> Tensor:
+    """seeds (B,) int64 -> (B, *shape) fp32."""
+    if not use_triton(seeds): return row_noise_ref(seeds, shape, stream)
+    n, seeds = math.prod(shape), seeds.contiguous()
+    out = torch.empty(len(seeds), n, device=seeds.device)
+    if out.numel(): _row_noise[(len(seeds), triton.cdiv(n, 1024))](seeds, out, n, stream, BLOCK=512)
+    return out.view(-1, *shape)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -114,22 +114,6 @@ def isotonic(sums, counts):
     return torch.cat([torch.full((n,), s / c, dtype=torch.float64) for s, c, n in pools])
 
 
-def row_noise(seeds, shape, stream=0):
-    """Standard normal noise (B, *shape) that is a function of (seeds[b], stream, position) alone, whatever the batch
-    and the device. seeds (B,) int64. lowbias32 hashes of a counter, then Box-Muller."""
-    n, low = math.prod(shape), 0xFFFFFFFF
-
-    def mix(x):
-        x = ((x ^ (x >> 16)) * 0x7feb352d) & low
-        x = ((x ^ (x >> 15)) * 0x846ca68b) & low
-        return x ^ (x >> 16)
-    key = mix(mix(seeds & low) ^ ((seeds >> 32) & low)) ^ mix(torch.full_like(seeds, stream + 1) * 0x9e3779b1 & low)
-    i = torch.arange(2 * -(-n // 2), device=seeds.device)
-    u = (mix(mix(i ^ key[:, None]) + key[:, None] & low).float() + 0.5) * 2.0 ** -32
-    radius, angle = (-2 * u[:, ::2].clamp(min=2.0 ** -33).log()).clamp(min=0).sqrt(), 2 * math.pi * u[:, 1::2]
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n].view(-1, *shape)
-
-
 # ---- what is trained -----------------------------------------------------------------------------------------
 
 
@@ -575,7 +559,7 @@ class LDLM(Objective):
         """z_hat (B, K, d) of z noised to the level t (B,); the rows `guess` get the model's first guess."""
         m = self.model
         alpha, sigma = (x[:, None, None] for x in self.alpha_sigma(t))
-        zt, mods = alpha * z + sigma * row_noise(seed, z.shape[1:]), m.modulations(t)
+        zt, mods = alpha * z + sigma * K.row_noise(seed, z.shape[1:]), m.modulations(t)
         z_sc = torch.zeros_like(z)
         if len(guess):
             with torch.no_grad():
@@ -596,7 +580,7 @@ class LDLM(Objective):
         z = z0.detach() + g * (z0 - z0.detach())
         t = m.timesteps.quantile(noise['xi']) if s['adaptive'] else noise['xi']
         diff = (self._denoise(z, t, noise['seed'], noise['guess'], prefix) - z).square().mean((1, 2))       # (B,)
-        h_hat = m.decode(z0 + noise['sigma'][:, None, None] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+        h_hat = m.decode(z0 + noise['sigma'][:, None, None] * K.row_noise(noise['seed'], z0.shape[1:], stream=1))
         feat = (h_hat - h).square().mean((1, 2))
         seen = h_hat.detach() if s['feature_loss'] else h_hat                           # the token loss ends here
         states = m.token_states(seen).flatten(0, 1)
@@ -644,7 +628,7 @@ class LDLM(Objective):
             z0, xi = m.normalise(raw), noise['xi']
             rest = noise['seed'], torch.arange(len(ids) * s['self_cond'], device=ids.device), prefix
             z_hat, h_hat = self._denoise(z0, xi, *rest), m.decode(z0)
-            noisy = m.decode(z0 + s['sigma_dec'] * row_noise(noise['seed'], z0.shape[1:], stream=1))
+            noisy = m.decode(z0 + s['sigma_dec'] * K.row_noise(noise['seed'], z0.shape[1:], stream=1))
             at_xi = self._denoise(z0, m.timesteps.quantile(xi), *rest) if s['adaptive'] else z_hat
             text = self._is_text(ids) * used[:, None]
             right = [((self._tokens(x) == ids) * text).sum(1) for x in (h_hat, noisy, m.decode(z_hat))]
@@ -771,7 +755,7 @@ class Sampler:
     their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
     temperature: the noise at the start, and with eta on the way, is so many standard deviations [S].
-    compiled: '' or a mode of torch.compile without CUDA graphs, for a step, for the decoders and for the noise."""
+    compiled: '' or a mode of torch.compile without CUDA graphs, for a step and for the decoders."""
 
     def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled=''):
         o, device = objective, objective.model.head.weight.device
@@ -785,9 +769,8 @@ class Sampler:
                 times.to(device).split(1), factors[:, :2], temperature * factors[:, 2])]
             self.start = m.decoder_start(B)
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
-        parts = self._step, lambda z: m.token_states(m.decode(z, self.start)), row_noise
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
-        self.step, self.decode, self.noise = map(wrap, parts)
+        self.step, self.decode = wrap(self._step), wrap(lambda z: m.token_states(m.decode(z, self.start)))
         self.n_calls, self.graph = 0, None
 
     def _step(self, z, z_hat, mods, a, b, prefix):
@@ -800,12 +783,12 @@ class Sampler:
         """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
         shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
         with self.autocast:
-            z = self.temperature * self.noise(seeds, shape)
+            z = self.temperature * K.row_noise(seeds, shape)
             z_hat = torch.zeros_like(z)
             prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
             for i, (*step, c) in enumerate(self.steps):
                 z, z_hat = self.step(z, z_hat, *step, prefix)
-                if c: z = z + c * row_noise(seeds, shape, stream=i + 1)
+                if c: z = z + c * K.row_noise(seeds, shape, stream=i + 1)
                 if see: see(z_hat)
         return z
 

@@ -170,6 +170,29 @@ def test_head_argmax(N, V, D):
         assert K.head_argmax(h, w)[0] == best
 
 
+@kernel
+@pytest.mark.parametrize('n', [1, 2, 2047, 4098])
+def test_row_noise(n):
+    """Odd rows, blocks that are not full, seeds and streams with the highest bit. The hash is that of Python's integers
+    (lowbias32): one wrong bit is another number. No row depends on its neighbours."""
+    seeds = torch.tensor([0, 5, 2 ** 31, 2 ** 62 - 1, 2 ** 40 + 5, -3], device=DEVICE)
+    for stream in (0, 1, 15, 2 ** 31 - 2):
+        got = K.row_noise(seeds, (n,), stream)
+        close(got, K.row_noise_ref(seeds, (n,), stream), 1e-6 if GPU else 2e-6)
+        assert torch.equal(got[2:4], K.row_noise(seeds[2:4], (n,), stream))
+
+    def mix(x):
+        x = (x ^ x >> 16) * 0x7feb352d % 2 ** 32
+        x = (x ^ x >> 15) * 0x846ca68b % 2 ** 32
+        return x ^ x >> 16
+    seed, key = 2 ** 62 - 1, mix(16 * 0x9e3779b1 % 2 ** 32)
+    key ^= mix(mix(seed % 2 ** 32) ^ seed >> 32)
+    u, v = ((mix((mix(i ^ key) + key) % 2 ** 32) + 0.5) / 2 ** 32 for i in (0, 1))
+    want = (-2 * np.log(u)) ** 0.5 * np.cos(2 * np.pi * v)
+    for f in (K.row_noise, K.row_noise_ref): assert abs(f(seeds, (n,), 15)[3, 0].item() - want) < 1e-5
+    assert K.row_noise(seeds[:0], (n,)).shape == (0, n) and K.row_noise(seeds, (3, n)).shape == (6, 3, n)
+
+
 # -- the losses ----------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import checkpoint
 from ar import AR
 from data import Corpus, batch_from_documents, lay_out, prepare
 from encoder import Encoder
+from kernels import row_noise
 from ldlm import (
     LDLM,
     AdaptiveTimesteps,
@@ -27,7 +28,6 @@ from ldlm import (
     Sampler,
     cubic_alpha_sigma,
     encoder_grad_scale,
-    row_noise,
     tangent_alpha_sigma,
 )
 from model import ModelConfig, Transformer
