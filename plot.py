@@ -378,7 +378,9 @@ def sweep_point(name):
     return task, steps, [x for x in settings if not x.startswith('n_steps=')]
 
 
-LDLM_SAMPLES = ('ldlm_ar_continued', 'ldlm_mdm_continued', 'ldlm_small_continued', 'ldlm_real')
+LDLM_SAMPLES = {'autoregressive': 'ldlm_ar_continued', 'masked diffusion': 'ldlm_mdm_continued',
+                'masked diffusion, lr 4e-3': 'ldlm_mdm_lr4_continued', 'latent diffusion': 'ldlm_small_b256_continued',
+                'what the documents say': 'ldlm_real'}
 
 
 def between(points, x):
@@ -388,47 +390,80 @@ def between(points, x):
         if a <= x <= b: return ya + (x - a) / (b - a) * (yb - ya)
 
 
-def ldlm_against_mdm(mdm, ldlm):
-    """A table of LDLM's perplexity over MDM's where that has the same entropy, between its temperatures: at as many
-    steps, and at as many tokens/s, between its numbers of steps (all in logs)."""
-    at_steps, rows = {}, {}
-    for name, x in mdm['results'].items(): at_steps.setdefault(sweep_point(name)[1], []).append(x)
-    for name, x in ldlm['results'].items():
-        _, steps, (eta, grid) = sweep_point(name)
-        if grid != 'time_grid=adaptive': continue
-        same = {n: [between([(y['token_entropy'], math.log(y[key])) for y in of], x['token_entropy'])
-                    for key in ('gen_ppl', 'tokens_per_s')] for n, of in at_steps.items()}
-        speed = between([(s, p) for p, s in same.values() if p is not None], math.log(x['tokens_per_s']))
-        rows.setdefault(steps, []).extend([
-            f"{x['tokens_per_s'] / 1e3:.0f}k", *('-' if y is None else f"{x['gen_ppl'] / math.exp(y):.2f}"
-                                                 for y in (same[steps][0], speed))])
-    head = ('tokens/s, eta {}', 'perplexity over MDM\'s, same steps', 'same speed')
-    return table(('steps', *(h.format(eta) for eta in (0, 1) for h in head)), *([n, *row] for n, row in rows.items()))
+ENTROPY = 6.6                   # nats per token: near that of the documents, every model has settings on both sides
+
+
+def at_entropy(result, entropy=ENTROPY):
+    """{(steps, settings but the temperature): (perplexity, tokens/s)} where the samples' tokens have this entropy:
+    between temperatures, in logs."""
+    groups, found = {}, {}
+    for name, x in result['results'].items():
+        _, steps, others = sweep_point(name)
+        groups.setdefault((steps, *(o for o in others if not o.startswith('temperature='))), []).append(x)
+    for key, of in groups.items():
+        at = [between([(x['token_entropy'], math.log(x[k])) for x in of], entropy) for k in ('gen_ppl', 'tokens_per_s')]
+        if None not in at: found[key] = tuple(map(math.exp, at))
+    return found
+
+
+def ldlm_lines(results):
+    """{model and settings: {steps, None if there is no choice: (perplexity, tokens/s)}} at ENTROPY."""
+    lines = {}
+    for label, r in results.items():
+        for (steps, *others), x in at_entropy(r).items():
+            lines.setdefault(', '.join([label, *others]).replace('=', ' '), {})[steps] = x
+    return lines
 
 
 def ldlm_samples():
-    """Continuations of unseen documents: perplexity under another model, entropy, speed. Of one model's settings at a
-    number of steps, those that no other one beats in both."""
-    names = dict(ar='autoregressive', mdm='masked diffusion', ldlm='latent diffusion')
-    found = [load(name) for name in LDLM_SAMPLES]
-    lines = [('perplexity under ' + found[0]['config']['scorer'], 'settings', 'steps', 'perplexity', 'entropy',
-              'lines that parse', f"tokens/s, batch {found[0]['config']['batch_size']}, {found[0]['hardware']}")]
-    for r in found:
+    """Continuations of unseen documents: perplexity under another model at equal entropy, and speed; then points as
+    measured, at the most steps. Of one model's settings, those that no other one beats in both."""
+    found = {label: load(name) for label, name in LDLM_SAMPLES.items()}
+    first = found['autoregressive']
+    lines = ldlm_lines({label: r for label, r in found.items() if 'real_ppl' not in r['results']})
+    steps = sorted({n for line in lines.values() for n in line}, key=lambda n: n or 1e9)
+    equal = [(f"perplexity under {first['config']['scorer']} at entropy {ENTROPY} (tokens/s)",
+              *(f'{n} steps' if n else 'token by token' for n in steps))]
+    for label, line in lines.items():
+        equal.append((label, *(f'{line[n][0]:.0f} ({line[n][1] / 1e3:.1f}k)' if n in line else '' for n in steps)))
+    points = [('continuations', 'settings', 'steps', 'perplexity', 'entropy', 'lines that parse',
+               f"tokens/s, batch {first['config']['batch_size']}, {first['hardware']}")]
+    for label, r in found.items():
         rows = []
         for name, x in r['results'].items():
-            task, steps, others = sweep_point(name)
-            if steps not in (None, 4, 8, 32, 128): continue
-            label = 'what the documents say' if task == 'real_ppl' else names[r['model']['objective']]
-            beaten = any(sweep_point(other)[1] == steps and y['gen_ppl'] < x['gen_ppl']
+            _, n, others = sweep_point(name)
+            beaten = any(sweep_point(other)[1] == n and y['gen_ppl'] < x['gen_ppl']
                          and y['token_entropy'] > x['token_entropy'] for other, y in r['results'].items())
-            if not beaten: rows.append((', '.join(others).replace('=', ' '), steps or 0, label, x))
-        for others, steps, label, x in sorted(rows, key=lambda row: row[:2]):
-            steps = steps or x.get('settings', {}).get('max_new_tokens', '')
+            if n in (None, 128) and not beaten: rows.append((n or 0, ', '.join(others).replace('=', ' '), x))
+        for n, others, x in sorted(rows, key=lambda row: row[:2]):
+            n = n or x.get('settings', {}).get('max_new_tokens', '')
             speed = f"{x['tokens_per_s'] / 1e3:.1f}k" if 'tokens_per_s' in x else ''
-            lines.append((label, others, steps, f"{x['gen_ppl']:.1f}", f"{x['token_entropy']:.2f}",
-                          f"{x['lines_that_parse']:.0%}", speed))
-    return '\n\n'.join(['![Perplexity, entropy, speed](results/ldlm_pareto.png)', table(*lines),
-                        ldlm_against_mdm(*found[1:3])])
+            points.append((label, others, n, f"{x['gen_ppl']:.1f}", f"{x['token_entropy']:.2f}",
+                           f"{x['lines_that_parse']:.0%}", speed))
+    return '\n\n'.join(['![Perplexity, entropy, speed](results/ldlm_pareto.png)', table(*equal), table(*points)])
+
+
+def ldlm_figure(out):
+    """Left: perplexity against entropy at 128 steps, a point per temperature. Right: at equal entropy against speed, a
+    point per number of steps."""
+    found = {label: load(name) for label, name in LDLM_SAMPLES.items()}
+    by_entropy, notes = {}, [{}, {}]
+    for label, r in found.items():
+        for name, x in r['results'].items():
+            task, steps, others = sweep_point(name)
+            if steps not in (None, 128): continue
+            rest = [o for o in others if not o.startswith('temperature=')]
+            key = ', '.join([label, *rest]).replace('=', ' ')
+            for values, v in zip(by_entropy.setdefault(key, ([], [])), (x['token_entropy'], x['gen_ppl'])):
+                values.append(v)
+            notes[0].setdefault(key, []).append(others[-1].split('=')[1] if others else '')
+    by_speed = {key: ([], []) for key in by_entropy}                            # the same colours
+    for key, line in ldlm_lines({k: r for k, r in found.items() if 'real_ppl' not in r['results']}).items():
+        by_speed[key] = [speed for _, speed in line.values()], [ppl for ppl, _ in line.values()]
+        notes[1][key] = [str(n or '') for n in line]
+    scorer = found['autoregressive']['config']['scorer']
+    figure('', 'entropy, 128 steps, by temperature', f'perplexity under {scorer}', by_entropy, out, log_x=True,
+           log_y=True, beside=(f'tokens/s at entropy {ENTROPY}, by steps', by_speed), notes=notes)
 
 
 def ldlm_ablations():
@@ -510,8 +545,8 @@ def results_table(files, as_csv=False):
 
 
 def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None, notes=(), log_y=False):
-    """lines: {label: (xs, ys)}; notes: {label: a text per point}. beside: xlabel and lines of a second panel. log_x: of
-    the last panel, with a tick at every x; with notes without."""
+    """lines: {label: (xs, ys)}; notes: {label: a text per point}, a list of one per panel. beside: xlabel and lines of
+    a second panel. log_x: of the last panel, with a tick at every x; with notes without."""
     try:
         import matplotlib
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
@@ -521,10 +556,11 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
     panels = [(xlabel, lines), *([beside] if beside else [])]
     beside_it = dict(loc='center left', bbox_to_anchor=(1, 0.5)) if notes else {}
     fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
-    for ax, (xlabel, lines) in zip(axes[0], panels):
+    for i, (ax, (xlabel, lines)) in enumerate(zip(axes[0], panels)):
+        texts = dict(notes[i] if isinstance(notes, list) else notes)
         for label, (xs, ys) in lines.items():
             ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
-            for x, y, note in zip(xs, ys, dict(notes).get(label, [])):
+            for x, y, note in zip(xs, ys, texts.get(label, [])):
                 ax.annotate(note, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
         if log_x and ax is axes[0, -1]: ax.set_xscale('log')
         if log_y: ax.set_yscale('log')
@@ -575,10 +611,10 @@ def sweep_lines(result, metric):
     return first, lines
 
 
-def pareto(files, out, without=None):
+def pareto(files, out):
     """Perplexity of samples against the entropy of their tokens and against speed, a line per model and settings, a
     point per number of steps (without steps: a line per model, a point per setting): low perplexity with low entropy
-    is repetition. From eval.py --tasks=gen_ppl, with or without --sweep; real_ppl is a point. without: a setting."""
+    is repetition. From eval.py --tasks=gen_ppl, with or without --sweep; real_ppl is a point."""
     by_entropy, by_speed, notes, scorers = {}, {}, {}, set()
     for f in files:
         result = eval_result(f)
@@ -586,7 +622,6 @@ def pareto(files, out, without=None):
         if not points: raise SystemExit(f"{f} has no gen_ppl")
         for name, r in points.items():
             task, steps, rest = sweep_point(name)
-            if without in rest: continue
             path = Path(result['model']['path'])
             path = path.parent if re.fullmatch(r'(best|step)-\d+', path.name) else path
             model = f"{path.name} ({result['model']['objective']})"
@@ -651,6 +686,5 @@ if __name__ == '__main__':
         if not check:
             readme.write_text(new)
             alignment_figure(HERE / 'results/alignment.png')
-            pareto([f'{HERE}/results/{name}.json' for name in LDLM_SAMPLES], HERE / 'results/ldlm_pareto.png',
-                   without='time_grid=uniform')
+            ldlm_figure(HERE / 'results/ldlm_pareto.png')
         elif old != new: raise SystemExit("README.md is not what results/*.json say: python plot.py")

