@@ -426,6 +426,10 @@ def ldlm_samples():
               *(f'{n} steps' if n else 'token by token' for n in steps))]
     for label, line in lines.items():
         equal.append((label, *(f'{line[n][0]:.0f} ({line[n][1] / 1e3:.1f}k)' if n in line else '' for n in steps)))
+    best = [[min((of[n][0] for k, of in lines.items() if k.startswith(kind) and n in of), default=None) for n in steps]
+            for kind in ('latent', 'masked')]
+    equal.append(('latent over masked diffusion, the best of each', *(f'{a / b:.2f}' if a and b else '' for a, b in zip(
+        *best))))
     points = [('continuations', 'settings', 'steps', 'perplexity', 'entropy', 'lines that parse',
                f"tokens/s, batch {first['config']['batch_size']}, {first['hardware']}")]
     for label, r in found.items():
