@@ -4,6 +4,7 @@
     attention     scaled dot-product attention over those ranges
     rms_norm      with the residual add fused in
     rope_qkv      rotary positions (and Qwen3's QK-norm) on the fused q|k|v
+    rope_attention         QK-norm, RoPE and attention in one, for sampling
     swiglu        on the fused gate|up
     linear_cross_entropy   the loss at the masked rows, logits never larger than a chunk
     cosine_alignment       student against teacher, at selected rows
@@ -678,6 +679,111 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int,
     if not use_triton(qkv): return rope_qkv_ref(qkv, cos, sin, n_head, n_kv_head, q_weight, k_weight, eps)
     return _rope_qkv(qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous(), q_weight, k_weight,
                      n_head, n_kv_head, eps)[:3]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rope_attention: QK-norm, RoPE and attention in one kernel, straight from the outputs of the projections, for sampling
+# in rows of a few hundred tokens. There rope_qkv and attention are bound by launches, and by what they write for each
+# other; joined, q, k and v are read once and o is written. A program owns a tile of queries of one head and walks over
+# the keys, which every tile rotates anew. The two halves of a rotated head meet in two products: s = q1 k1^T + q2 k2^T.
+
+
+def rope_attention_ref(q, kv, rot, kv_rot, q_weight, k_weight, eps, other=None, mask=None):
+    q, _, _ = rope_qkv_ref(q, *rot, q.shape[2], 0, q_weight, k_weight, eps)
+    _, k, v = rope_qkv_ref(kv, *kv_rot, 0, q.shape[2], q_weight, k_weight, eps)
+    if other is not None: k, v = (torch.cat(pair, 1) for pair in zip(other, (k, v)))
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+@triton.jit
+def _rotated(x, stride, rows, n, weight, cos, sin, eps: tl.constexpr, HD: tl.constexpr, HALF: tl.constexpr):
+    """The halves (len(rows), HALF) of one head, x, normed and rotated."""
+    i = tl.arange(0, HALF)
+    inside, at = (rows < n)[:, None] & (i < HD // 2)[None, :], rows[:, None] * stride + i[None, :]
+    x1, x2 = tl.load(x + at, inside, 0.0).to(tl.float32), tl.load(x + at + HD // 2, inside, 0.0).to(tl.float32)
+    r = 1 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / HD + eps)
+    x1 *= r[:, None] * tl.load(weight + i, i < HD // 2, 0.0).to(tl.float32)[None, :]
+    x2 *= r[:, None] * tl.load(weight + HD // 2 + i, i < HD // 2, 0.0).to(tl.float32)[None, :]
+    angle = rows[:, None] * (HD // 2) + i[None, :]
+    c, s = tl.load(cos + angle, inside, 0.0), tl.load(sin + angle, inside, 0.0)
+    return (x1 * c - x2 * s).to(x.dtype.element_ty), (x2 * c + x1 * s).to(x.dtype.element_ty)
+
+
+@triton.jit
+def _attend(q1, q2, k1, k2, v, seen, m, l, acc, scale: tl.constexpr):
+    """One block of keys more: the running maximum, sum and output of a softmax, see attention."""
+    s = tl.dot(q1, k1.T, input_precision='ieee')
+    s = tl.where(seen[None, :], tl.dot(q2, k2.T, s, input_precision='ieee'), -float('inf'))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    p, shrink = tl.exp2(s * scale - m_new[:, None]), tl.exp2(m - m_new)
+    return m_new, l * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
+
+
+@triton.jit
+def _rope_attention_fwd(q, kv, k2, v2, mask, o, cos, sin, kv_cos, kv_sin, q_weight, k_weight, q_batch, q_row, kv_batch,
+                        kv_row, mask_batch, N, M, M2, scale: tl.constexpr, eps: tl.constexpr, OTHER: tl.constexpr,
+                        H: tl.constexpr, HD: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows, cols, i = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, HALF)
+    d = tl.arange(0, 2 * HALF)                                  # of v: all of a head
+    angles = b * (HD // 2)
+    q1, q2 = _rotated(q + b * q_batch + h * HD, q_row, rows, N, q_weight, cos + angles * N, sin + angles * N, eps, HD,
+                      HALF)
+    m, l = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, 2 * HALF], tl.float32)
+    if OTHER:
+        for start in range(0, M2, BN):
+            j = start + cols
+            at = ((b * M2 + j[:, None]) * H + h) * HD
+            half = (j < M2)[:, None] & (i < HD // 2)[None, :]
+            a1, a2 = tl.load(k2 + at + i[None, :], half, 0.0), tl.load(k2 + at + HD // 2 + i[None, :], half, 0.0)
+            v = tl.load(v2 + at + d[None, :], (j < M2)[:, None] & (d < HD)[None, :], 0.0)
+            seen = tl.load(mask + b * mask_batch + j, j < M2, 0) != 0
+            m, l, acc = _attend(q1, q2, a1, a2, v, seen, m, l, acc, scale)
+    kv += b * kv_batch + h * HD
+    for start in range(0, M, BN):
+        j = start + cols
+        a1, a2 = _rotated(kv, kv_row, j, M, k_weight, kv_cos + angles * M, kv_sin + angles * M, eps, HD, HALF)
+        v = tl.load(kv + H * HD + j[:, None] * kv_row + d[None, :], (j < M)[:, None] & (d < HD)[None, :], 0.0)
+        m, l, acc = _attend(q1, q2, a1, a2, v, j < M, m, l, acc, scale)
+    to = ((b * N + rows[:, None]) * H + h) * HD + d[None, :]
+    tl.store(o + to, (acc / l[:, None]).to(o.dtype.element_ty), (rows < N)[:, None] & (d < HD)[None, :])
+
+
+ROPE_ATTENTION = [dict(BM=16, BN=64, num_warps=4, num_stages=1), dict(BM=64, BN=64, num_warps=4, num_stages=1)]
+ROPE_ATTENTION_FEW = 1 << 13                                    # rows of heads: of the first tiles there are more
+
+
+@functools.partial(_op, contiguous=False)
+def _rope_attention(q: Tensor, kv: Tensor, k2: Tensor | None, v2: Tensor | None, mask: Tensor | None, cos: Tensor,
+                    sin: Tensor, kv_cos: Tensor, kv_sin: Tensor, q_weight: Tensor, k_weight: Tensor,
+                    eps: float) -> Tensor:
+    (B, N, H, hd), M = q.shape, kv.shape[1]
+    o, half = q.new_empty(B, N, H, hd), max(triton.next_power_of_2(hd // 2), 16)
+    tiles = ROPE_ATTENTION[B * N * H > ROPE_ATTENTION_FEW]
+    if o.numel(): _launch(
+        _rope_attention_fwd, (triton.cdiv(N, tiles['BM']), H, B), q, kv, k2, v2, mask, o, cos, sin, kv_cos, kv_sin,
+        q_weight, k_weight, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), 0 if mask is None else mask.stride(0),
+        N, M, 0 if k2 is None else k2.shape[1], hd ** -0.5 * math.log2(math.e), eps, k2 is not None, H, hd, half,
+        **tiles)
+    return o
+
+
+def rope_attention(q: Tensor, kv: Tensor, rot, kv_rot, q_weight: Tensor, k_weight: Tensor, eps: float, other=None,
+                   mask: Tensor | None = None) -> Tensor:
+    """q (B, N, H, hd) sees kv (B, M, 2H, hd), keys and values one after the other, both before norm and rotation by
+    rot and kv_rot, pairs of cos and sin (B, N or M, hd/2) fp32; views of one projection will do. other: keys and values
+    (B, M2, H, hd) that are ready; mask (B, 1, 1, M2 + M): which of these exist, all of kv do. -> (B, N, H, hd). With
+    gradients, and without Triton, it is rope_qkv and attention."""
+    (B, N, H, hd), M = q.shape, kv.shape[1]
+    assert kv.shape == (B, M, 2 * H, hd) and hd % 2 == 0 and M, f"{q.shape=} {kv.shape=}"
+    assert all(t.shape == (B, n, hd // 2) and t.is_contiguous() for n, r in ((N, rot), (M, kv_rot)) for t in r), \
+        f"{q.shape=} {kv.shape=} {[t.shape for t in (*rot, *kv_rot)]}"
+    assert q.stride()[2:] == kv.stride()[2:] == (hd, 1), f"{q.stride()=} {kv.stride()=}"
+    if not use_triton(q): return rope_attention_ref(q, kv, rot, kv_rot, q_weight, k_weight, eps, other, mask)
+    k2, v2 = (None, None) if other is None else (t.contiguous() for t in other)
+    if other is not None and mask is None: mask = q.new_ones(B, 1, 1, k2.shape[1] + M, dtype=torch.bool)
+    return _rope_attention(q, kv, k2, v2, mask, *rot, *kv_rot, q_weight, k_weight, eps)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -169,21 +169,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, cfg.norm_eps) for _ in range(2))
 
+    def _split(self, y): return y.unflatten(2, (-1, self.head_dim))
+
     def _heads(self, y, rot, n_head, n_kv_head):
-        return K.rope_qkv(y.unflatten(2, (-1, self.head_dim)), *rot, n_head, n_kv_head, self.q_norm.weight,
-                          self.k_norm.weight, self.q_norm.eps)
+        return K.rope_qkv(y, *rot, n_head, n_kv_head, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def keys(self, other, rot):
         """Keys and values (B, M, heads, hd) of another sequence (B, M, d)."""
-        return self._heads(self.kv_proj(other), rot, 0, self.n_head)[1:]
+        return self._heads(self._split(self.kv_proj(other)), rot, 0, self.n_head)[1:]
 
     def forward(self, x, rot, other=None, other_rot=None, mask=None):
         """other: (B, M, d), or its keys(...)."""
-        if self.own: q, k, v = self._heads(self.qkv_proj(x), rot, self.n_head, self.n_head)
-        else: q = self._heads(self.q_proj(x), rot, self.n_head, 0)[0]
-        if other is not None:
-            k2, v2 = self.keys(other, other_rot) if torch.is_tensor(other) else other
-            k, v = (torch.cat([k2, k], 1), torch.cat([v2, v], 1)) if self.own else (k2, v2)
+        H, y = self.n_head, self._split(self.qkv_proj(x) if self.own else self.q_proj(x))
+        if self.own and torch.is_tensor(other): other = self.keys(other, other_rot)
+        if not torch.is_grad_enabled():                                 # sampling: one kernel for what follows
+            kv, kv_rot = (y[:, :, H:], rot) if self.own else (self._split(self.kv_proj(other)), other_rot)
+            y = K.rope_attention(y[:, :, :H], kv, rot, kv_rot, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
+                                 other if self.own else None, mask)
+            return self.o_proj(y.flatten(2))
+        if self.own: q, k, v = self._heads(y, rot, H, H)
+        else: q, k, v = self._heads(y, rot, H, 0)[0], *self.keys(other, other_rot)
+        if self.own and other is not None: k, v = (torch.cat(pair, 1) for pair in zip(other, (k, v)))
         y = K.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 

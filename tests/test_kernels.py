@@ -158,6 +158,28 @@ def test_modulate(dtype, small):
 
 
 @kernel
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16 if GPU else torch.float16], ids=['fp32', '16 bits'])
+@pytest.mark.parametrize('B, N, M, M2, H, hd', [(2, 5, 5, 0, 3, 24), (1, 70, 70, 9, 2, 64), (3, 17, 66, 0, 2, 32),
+                                                (2, 3, 1, 70, 1, 6)])
+def test_rope_attention(B, N, M, M2, H, hd, dtype):
+    """Of one projection and of two, tiles and blocks that are not full, some or none of the other keys seen."""
+    own = randn(B, N, 3 * H, hd, dtype=dtype, grad=False)
+    q, kv = own[:, :, :H], own[:, :, H:] if N == M else randn(B, M, 2 * H, hd, seed=1, dtype=dtype, grad=False)
+    rots = [K.rope_tables(torch.arange(n, device=DEVICE).expand(B, n) * 1.5 - 3, hd, 1e2) for n in (N, M)]
+    q_weight, k_weight = (1 + randn(hd, seed=i, grad=False) / 2 for i in (2, 3))
+    other = tuple(randn(B, M2, H, hd, seed=i, dtype=dtype, grad=False) for i in (4, 5)) if M2 else None
+    mask = torch.ones(B, 1, 1, M2 + M, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., :max(M2 - 1, 0)], mask[1:, ..., :M2] = False, False
+    exact = lambda t: t.double() if torch.is_tensor(t) else t and tuple(map(exact, t))
+    for seen in (mask, None):
+        got = K.rope_attention(q, kv, *rots, q_weight, k_weight, 1e-6, other, seen)
+        want = K.rope_attention_ref(*map(exact, (q, kv, *rots, q_weight, k_weight)), 1e-6, exact(other), seen)
+        assert got.dtype == dtype
+        close(got, want, TOL.get(dtype, 2e-3))               # the interpreter's product of bf16 is wrong
+    with pytest.raises(AssertionError): K.rope_attention(q, kv[:, :, H:], *rots, q_weight, k_weight, 1e-6)
+
+
+@kernel
 @pytest.mark.parametrize('N, V, D', [(3, 301, 40), (70, 129, 16), (1, 5, 3)])
 def test_head_argmax(N, V, D):
     """Rows, columns and depth that fill no tile; the best column first or last, or with all logits below zero."""
