@@ -750,8 +750,18 @@ def _rope_attention_fwd(q, kv, k2, v2, mask, o, cos, sin, kv_cos, kv_sin, q_weig
     tl.store(o + to, (acc / l[:, None]).to(o.dtype.element_ty), (rows < N)[:, None] & (d < HD)[None, :])
 
 
-ROPE_ATTENTION = [dict(BM=16, BN=64, num_warps=4, num_stages=1), dict(BM=64, BN=64, num_warps=4, num_stages=1)]
-ROPE_ATTENTION_FEW = 1 << 13                                    # rows of heads: of the first tiles there are more
+ROPE_ATTENTION_FEW = 1 << 13                                    # rows of heads: small tiles make more programs of them
+
+
+def _rope_attention_tiles(B, N, H):
+    few = B * N * H <= ROPE_ATTENTION_FEW
+    BM = (16 if N <= 128 else 32) if few else 64 if N <= 64 else 128
+    return dict(BM=BM, BN=64, num_warps=8 if BM == 128 else 4, num_stages=1)
+
+
+def rope_attention_pays(B: int, N: int, H: int, hd: int) -> bool:
+    """Is it faster than rope_qkv and attention? Not where several tiles of many rows rotate wide heads again."""
+    return B * N * H <= ROPE_ATTENTION_FEW or N * hd <= 8192
 
 
 @functools.partial(_op, contiguous=False)
@@ -760,7 +770,7 @@ def _rope_attention(q: Tensor, kv: Tensor, k2: Tensor | None, v2: Tensor | None,
                     eps: float) -> Tensor:
     (B, N, H, hd), M = q.shape, kv.shape[1]
     o, half = q.new_empty(B, N, H, hd), max(triton.next_power_of_2(hd // 2), 16)
-    tiles = ROPE_ATTENTION[B * N * H > ROPE_ATTENTION_FEW]
+    tiles = _rope_attention_tiles(B, N, H)
     if o.numel(): _launch(
         _rope_attention_fwd, (triton.cdiv(N, tiles['BM']), H, B), q, kv, k2, v2, mask, o, cos, sin, kv_cos, kv_sin,
         q_weight, k_weight, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), 0 if mask is None else mask.stride(0),

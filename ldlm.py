@@ -182,7 +182,7 @@ class Attention(nn.Module):
         """other: (B, M, d), or its keys(...)."""
         H, y = self.n_head, self._split(self.qkv_proj(x) if self.own else self.q_proj(x))
         if self.own and torch.is_tensor(other): other = self.keys(other, other_rot)
-        if not torch.is_grad_enabled():                                 # sampling: one kernel for what follows
+        if not (self.training or torch.is_grad_enabled()) and K.rope_attention_pays(*x.shape[:2], H, self.head_dim):
             kv, kv_rot = (y[:, :, H:], rot) if self.own else (self._split(self.kv_proj(other)), other_rot)
             y = K.rope_attention(y[:, :, :H], kv, rot, kv_rot, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
                                  other if self.own else None, mask)
@@ -434,7 +434,7 @@ class LatentModel(nn.Module):
         cast = {n for n, p in self.named_parameters() if p.ndim > 1 or n.endswith('bias')}
         with torch.device('meta'): twin = LatentModel(self.cfg)
         twin.load_state_dict({n: x.to(dtype) if n in cast else x for n, x in self.state_dict().items()}, assign=True)
-        return twin
+        return twin.train(self.training)
 
     def save_pretrained(self, path, tokenizer=None, dlm=None, dtype=None, max_shard_bytes=0):
         """config.json + one model.safetensors of weights (in `dtype`) and statistics (fp32) + the tokenizer."""

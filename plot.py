@@ -339,7 +339,7 @@ OPEN_DLLM_LATENT = {'qwen3_6_35b_a3b': ((3238, 6500), ()), 'qwen3_6_35b_a3b adaL
 
 
 def ldlm_speed():
-    """Batch 1, 64 tokens: the sampler's graph, the same compiled, the plain loop; then larger batches, more tokens."""
+    """Batch 1, 64 tokens: the sampler's graph, the plain loop; then larger batches, more tokens."""
     r = load_all('ldlm_speed')
     right = lambda row: 'ms' in row and (row.get('rel_error', 0) or 0) < 0.1 and row.get('rel_error', 0) is not None
     sizes = {p['shape']: p['parameters'] for p in r['results'] if p['way'] == 'weights'}
@@ -348,17 +348,14 @@ def ldlm_speed():
     for row in filter(right, r['results']):
         group.setdefault((row['shape'], row['tokens'], row['batch'], row['steps']), {})[row['way']] = row
     one = [(f"64 tokens, batch 1, {r['hardware']}, bf16", 'steps', 'ms', 'tokens/s', 'must read', 'of the limit',
-            'torch.compile, tokens/s', 'of the limit', 'plain loop, tokens/s', 'Open-dLLM, published (RTX 5090, fp32)',
-            'its script on an H100, bf16')]
+            'plain loop, tokens/s', 'Open-dLLM, published (RTX 5090, fp32)', 'its script on an H100, bf16')]
     speed = lambda way, key, form=',.0f': f'{way[key]:{form}}' if way else ''
     for (shape, tokens, batch, steps), ways in group.items():
         if (batch, tokens) != (1, 64) or 'graph' not in ways: continue
-        graph, compiled = ways['graph'], min((w for k, w in ways.items() if k.startswith('compiled')),
-                                             key=lambda w: w['ms'], default=None)
+        graph = ways['graph']
         theirs = [f'{dict(zip((10, 4), pair))[steps]:,}' if pair else '' for pair in OPEN_DLLM_LATENT.get(shape, ())]
         one.append((label(shape), steps, f"{graph['ms']:.2f}", speed(graph, 'tokens_per_s'),
                     f"{graph['read_bytes'] / 1e9:.1f} GB", speed(graph, 'of_limit', '.0%'),
-                    speed(compiled, 'tokens_per_s'), speed(compiled, 'of_limit', '.0%'),
                     speed(ways.get('eager'), 'tokens_per_s'), *(theirs or ['', ''])))
     steps = max(k[3] for k in group)
     batches = sorted({k[2] for k in group})

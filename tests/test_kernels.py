@@ -161,7 +161,7 @@ def test_modulate(dtype, small):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16 if GPU else torch.float16], ids=['fp32', '16 bits'])
 @pytest.mark.parametrize('B, N, M, M2, H, hd', [(2, 5, 5, 0, 3, 24), (1, 70, 70, 9, 2, 64), (3, 17, 66, 0, 2, 32),
                                                 (2, 3, 1, 70, 1, 6)])
-def test_rope_attention(B, N, M, M2, H, hd, dtype):
+def test_rope_attention(B, N, M, M2, H, hd, dtype, monkeypatch):
     """Of one projection and of two, tiles and blocks that are not full, some or none of the other keys seen."""
     own = randn(B, N, 3 * H, hd, dtype=dtype, grad=False)
     q, kv = own[:, :, :H], own[:, :, H:] if N == M else randn(B, M, 2 * H, hd, seed=1, dtype=dtype, grad=False)
@@ -171,7 +171,8 @@ def test_rope_attention(B, N, M, M2, H, hd, dtype):
     mask = torch.ones(B, 1, 1, M2 + M, dtype=torch.bool, device=DEVICE)
     mask[0, ..., :max(M2 - 1, 0)], mask[1:, ..., :M2] = False, False
     exact = lambda t: t.double() if torch.is_tensor(t) else t and tuple(map(exact, t))
-    for seen in (mask, None):
+    for seen, few in ((mask, 0), (mask, 1 << 13), (None, 0)):
+        monkeypatch.setattr(K, 'ROPE_ATTENTION_FEW', few)
         got = K.rope_attention(q, kv, *rots, q_weight, k_weight, 1e-6, other, seen)
         want = K.rope_attention_ref(*map(exact, (q, kv, *rots, q_weight, k_weight)), 1e-6, exact(other), seen)
         assert got.dtype == dtype
@@ -435,7 +436,14 @@ def test_inductor_gets_the_kernels(monkeypatch):
     for name, args in bare.items():                                             # without residual, gate, QK-norm
         y = torch.compile(getattr(K, name), **how)(*args)
         sum(out.sum() for out in (y if isinstance(y, tuple) else [y]) if out is not None).backward()
+    qkv, w = randn(2, 5, 3, 16, grad=False), randn(16, grad=False)
+
+    def attend(qkv, *other):
+        return K.rope_attention(qkv[:, :, :1], qkv[:, :, 1:], (cos, sin), (cos, sin), w, w, 1e-6, other or None)
+    with torch.no_grad():
+        for other in ((), (qkv[:, :, :1], qkv[:, :, :1])): torch.compile(attend, **how)(qkv, *other)
     assert written == dict(
+        _rope_attention_fwd={'o'},
         _rms_norm_fwd={'y rstd', 'y s rstd'}, _rope_fwd={'q k v', 'q k v rstd'}, _modulate_fwd={'y rstd', 'y s rstd'},
         _rms_norm_bwd={'dx dw'}, _rope_bwd={'dqkv', 'dqkv dw'}, _attention_bwd_dq={'dq delta'}, _swiglu_fwd={'y'},
         _swiglu_bwd={'dgate_up'}, _attention_fwd={'o lse'}, _attention_bwd_dkdv={'dk dv'},

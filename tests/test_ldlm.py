@@ -530,6 +530,9 @@ def test_sampler_is_the_plain_sampler(kw):
         z, logits = plain_sampler(o, seeds, 4, eta, prefix)
         torch.testing.assert_close(sampler.latents(seeds, **prefix), z, atol=1e-5, rtol=1e-4)
         assert torch.equal(sampler(seeds, **prefix), logits.argmax(-1))
+        sampler = Sampler(o.eval(), 3, 4, eta)                                  # with the kernel of sampling
+        torch.testing.assert_close(sampler.latents(seeds, **prefix), z, atol=1e-5, rtol=1e-4)
+        o.train()
         assert len(logits.argmax(-1).unique()) > 1
 
 
@@ -580,7 +583,7 @@ def test_in_dtype_shares_or_casts():
 @pytest.mark.parametrize('compiled', ['', 'default'])
 @pytest.mark.parametrize('kw', SHAPES, ids=str)
 def test_graph_gives_what_the_eager_sampler_gives(kw, compiled):
-    o, seen = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda'), set()
+    o, seen = tiny(**SMALL | dict(n_embd=64) | kw).to('cuda').eval(), set()
     for p in o.model.parameters():
         if p.ndim < 2: p.data *= 0.3                                            # else biases decide on the token
     prefix = {k: x.cuda() for k, x in some_prefix(o, 3).items()}

@@ -44,7 +44,7 @@ def test_tables_of_results_to_come(monkeypatch):
     monkeypatch.setattr(plot, 'load_all', files.get)
     text = plot.render(README + ''.join(
         f'<!-- {name} -->\n<!-- end -->\n' for name in plot.PENDING if f'<!-- {name} -->' not in README))
-    assert '| 10 | 4.00 | 16,000 | 6.0 GB | 50% |  |  | 3,200 | 3,238 |  |' in text
+    assert '| 10 | 4.00 | 16,000 | 6.0 GB | 50% | 3,200 | 3,238 |  |' in text
     assert '21,333' not in text and '32,000' not in text
     assert '| A: everything | 1 | 50.0% |' in text and '| 12.3 | 5.00 |' in text and '| - | - |' in text
 
