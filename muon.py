@@ -34,13 +34,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         same_shape = {}                                 # one batched iteration for all matrices of a shape
         for group in self.param_groups:
-            for p in group['params']:
-                if p.grad is None: continue
+            params, beta = [p for p in group['params'] if p.grad is not None], group['momentum']
+            if not params: continue
+            for p in params:
                 if not self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)
-                m = self.state[p]['momentum']
-                m.mul_(group['momentum']).add_(p.grad)
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                update, rows = p.grad.add(m, alpha=group['momentum']), group['rows'] or len(p)
+            grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+            torch._foreach_mul_(momenta, beta)
+            torch._foreach_add_(momenta, grads)
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            for p, update in zip(params, torch._foreach_add(grads, momenta, alpha=beta)):
+                rows = group['rows'] or len(p)
                 for w, u in zip(p.split(rows), update.split(rows)):
                     same_shape.setdefault((u.shape, group['lr']), []).append((w, u))
         for (shape, lr), pairs in same_shape.items():
