@@ -297,7 +297,7 @@ if __name__ == '__main__':
             (data and len(problems) != 1, "--data is a file for one task of problems: run the tasks one by one"),
             (canonical and problems != wanted, "--canonical is for problems only"),
             (canonical and not execute_code, "--canonical needs --execute_code=true: running them is the point"),
-            (temperature < 0 or not 0 < top_p <= 1 or seed < 0,
+            (min(temperature, *(p.get('temperature', 0) for p in points)) < 0 or not 0 < top_p <= 1 or seed < 0,
              "temperature and seed must be at least 0, top_p above 0 and at most 1"),
             (device not in ('', 'cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available(),
              f"device must be cpu, or cuda where there is one, got {device!r}"),

@@ -684,8 +684,9 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int,
 # ---------------------------------------------------------------------------------------------------------
 # rope_attention: QK-norm, RoPE and attention in one kernel, straight from the outputs of the projections, for sampling
 # in rows of a few hundred tokens. There rope_qkv and attention are bound by launches, and by what they write for each
-# other; joined, q, k and v are read once and o is written. A program owns a tile of queries of one head and walks over
-# the keys, which every tile rotates anew. The two halves of a rotated head meet in two products: s = q1 k1^T + q2 k2^T.
+# other; joined, q is read once, k and v once per tile of queries, and only o is written. A program owns a tile of
+# queries of one head, walks over the keys, and rotates those that are not cached: every tile does so anew. The two
+# halves of a rotated head meet in two products: s = q1 k1^T + q2 k2^T.
 
 
 def rope_attention_ref(q, kv, rot, kv_rot, q_weight, k_weight, eps, other=None, mask=None):
@@ -754,14 +755,15 @@ ROPE_ATTENTION_FEW = 1 << 13                                    # rows of heads:
 
 
 def _rope_attention_tiles(B, N, H):
-    few = B * N * H <= ROPE_ATTENTION_FEW
+    few = B * N * H < ROPE_ATTENTION_FEW
     BM = (16 if N <= 128 else 32) if few else 64 if N <= 64 else 128
     return dict(BM=BM, BN=64, num_warps=8 if BM == 128 else 4, num_stages=1)
 
 
 def rope_attention_pays(B: int, N: int, H: int, hd: int) -> bool:
-    """Is it faster than rope_qkv and attention? Not where several tiles of many rows rotate wide heads again."""
-    return B * N * H <= ROPE_ATTENTION_FEW or N * hd <= 8192
+    """Measured on an H100: faster with few rows, or where a tile or two hold all queries; beyond that each tile rotates
+    the keys again. Heads wider than 256 do not fit in shared memory."""
+    return hd <= 256 and (B * N * H < ROPE_ATTENTION_FEW or N * hd <= 8192)
 
 
 @functools.partial(_op, contiguous=False)
@@ -782,18 +784,22 @@ def _rope_attention(q: Tensor, kv: Tensor, k2: Tensor | None, v2: Tensor | None,
 def rope_attention(q: Tensor, kv: Tensor, rot, kv_rot, q_weight: Tensor, k_weight: Tensor, eps: float, other=None,
                    mask: Tensor | None = None) -> Tensor:
     """q (B, N, H, hd) sees kv (B, M, 2H, hd), keys and values one after the other, both before norm and rotation by
-    rot and kv_rot, pairs of cos and sin (B, N or M, hd/2) fp32; views of one projection will do. other: keys and values
-    (B, M2, H, hd) that are ready; mask (B, 1, 1, M2 + M): which of these exist, all of kv do. -> (B, N, H, hd). With
-    gradients, and without Triton, it is rope_qkv and attention."""
-    (B, N, H, hd), M = q.shape, kv.shape[1]
+    the rotary tables rot and kv_rot, (cos, sin) of (B, N or M, hd/2) in fp32; views of one projection will do. other:
+    cached keys and values (B, M2, H, hd), rotated already; mask (B, 1, 1, M2 + M) bool: which of these exist, all of kv
+    do. -> (B, N, H, hd). Forward only."""
+    (B, N, H, hd), M, M2 = q.shape, kv.shape[1], 0 if other is None else other[0].shape[1]
     assert kv.shape == (B, M, 2 * H, hd) and hd % 2 == 0 and M, f"{q.shape=} {kv.shape=}"
     assert all(t.shape == (B, n, hd // 2) and t.is_contiguous() for n, r in ((N, rot), (M, kv_rot)) for t in r), \
         f"{q.shape=} {kv.shape=} {[t.shape for t in (*rot, *kv_rot)]}"
     assert q.stride()[2:] == kv.stride()[2:] == (hd, 1), f"{q.stride()=} {kv.stride()=}"
+    assert q.dtype == kv.dtype and all((t.shape, t.dtype) == ((B, M2, H, hd), q.dtype) for t in other or ()), \
+        f"{q.shape=} {q.dtype=} {kv.dtype=} {[(t.shape, t.dtype) for t in other or ()]}"
+    assert mask is None or (mask.shape, mask.dtype, mask.stride(3)) == ((B, 1, 1, M2 + M), torch.bool, 1), \
+        f"{mask.shape=} {mask.dtype=} {mask.stride()=}"
     if not use_triton(q): return rope_attention_ref(q, kv, rot, kv_rot, q_weight, k_weight, eps, other, mask)
     k2, v2 = (None, None) if other is None else (t.contiguous() for t in other)
-    if other is not None and mask is None: mask = q.new_ones(B, 1, 1, k2.shape[1] + M, dtype=torch.bool)
-    return _rope_attention(q, kv, k2, v2, mask, *rot, *kv_rot, q_weight, k_weight, eps)
+    if other is not None and mask is None: mask = q.new_ones(B, 1, 1, M2 + M, dtype=torch.bool)
+    return _rope_attention(q, kv, k2, v2, mask, *rot, *kv_rot, q_weight.contiguous(), k_weight.contiguous(), eps)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1277,10 +1283,10 @@ def head_argmax(h: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# row_noise: standard normal numbers that are a function of (seed of the row, stream, place in the row) alone, whatever
-# the batch and the device: a sample does not depend on its neighbours. 32-bit hashes of the place (lowbias32), keyed by
-# the row, then Box-Muller: place j has the cosine of pair j, the second half of a row the sines. In PyTorch that is
-# some thirty passes over int64.
+# row_noise: a counter-based generator of standard normal numbers, a function of (seed of the row, stream, place in the
+# row) alone, whatever the batch and the device: a sample does not depend on its neighbours. 32-bit hashes of the place
+# (lowbias32), keyed by the row, then Box-Muller: place j has the cosine of pair j, the second half of a row the sines.
+# In PyTorch that is some thirty passes over int64.
 
 
 def row_noise_ref(seeds: Tensor, shape, stream: int = 0) -> Tensor:
@@ -1325,6 +1331,7 @@ def _row_noise(seeds, out, n, stream, BLOCK: tl.constexpr):
 
 def row_noise(seeds: Tensor, shape, stream: int = 0) -> Tensor:
     """seeds (B,) int64 -> (B, *shape) fp32."""
+    assert seeds.dtype == torch.int64, f"{seeds.dtype=}"
     if not use_triton(seeds): return row_noise_ref(seeds, shape, stream)
     n, seeds = math.prod(shape), seeds.contiguous()
     out = torch.empty(len(seeds), n, device=seeds.device)

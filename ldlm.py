@@ -179,10 +179,11 @@ class Attention(nn.Module):
         return self._heads(self._split(self.kv_proj(other)), rot, 0, self.n_head)[1:]
 
     def forward(self, x, rot, other=None, other_rot=None, mask=None):
-        """other: (B, M, d), or its keys(...)."""
+        """other: (B, M, d); with `own`, also its keys(...)."""
         H, y = self.n_head, self._split(self.qkv_proj(x) if self.own else self.q_proj(x))
         if self.own and torch.is_tensor(other): other = self.keys(other, other_rot)
-        if not (self.training or torch.is_grad_enabled()) and K.rope_attention_pays(*x.shape[:2], H, self.head_dim):
+        fused = not (self.training or torch.is_grad_enabled()) and (self.own or mask is None)
+        if fused and K.rope_attention_pays(*x.shape[:2], H, self.head_dim):
             kv, kv_rot = (y[:, :, H:], rot) if self.own else (self._split(self.kv_proj(other)), other_rot)
             y = K.rope_attention(y[:, :, :H], kv, rot, kv_rot, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
                                  other if self.own else None, mask)
@@ -684,7 +685,9 @@ class LDLM(Objective):
         keep = (s_s ** 2 - eta ** 2 * v).clamp(min=0).sqrt() / s_t
         return t[:-1].float(), torch.stack([keep, a_s - keep * a_t, eta * v.sqrt()], 1)
 
-    def check_sampler(self, n_steps, eta, time_grid, **_): self.grid(n_steps, time_grid, eta)
+    def check_sampler(self, n_steps, eta, time_grid, temperature=1.0, **_):
+        if not temperature >= 0: raise SystemExit(f"temperature must be at least 0, got {temperature}")
+        self.grid(n_steps, time_grid, eta)
 
     @property
     def longest(self):
@@ -760,7 +763,7 @@ class Sampler:
     What no latent enters is computed here, once: modulations and factors of every step, the decoder's queries behind
     their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
-    temperature: the noise at the start, and with eta on the way, is so many standard deviations [S].
+    temperature: a factor on the initial noise and, with eta, on that of each step; 1 = as trained [S].
     compiled: '' or a mode of torch.compile without CUDA graphs, for a step and for the decoders."""
 
     def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled=''):

@@ -384,7 +384,7 @@ def between(points, x):
     """y at x on the straight lines through the points (x, y); None outside of them."""
     points = sorted(points)
     for (a, ya), (b, yb) in zip(points, points[1:]):
-        if a <= x <= b: return ya + (x - a) / (b - a) * (yb - ya)
+        if a <= x <= b and a < b: return ya + (x - a) / (b - a) * (yb - ya)
 
 
 ENTROPY = 6.6                   # nats per token: near that of the documents, every model has settings on both sides

@@ -300,7 +300,7 @@ if __name__ == '__main__':
     hole_len = 16           # tokens in a <hole> that does not say how many
     max_new_tokens = 96     # after a prompt; a sample ends earlier at an end-of-text token
     n = 3                   # samples, as one batch
-    # how; for ar only temperature, top_k, top_p and seed matter
+    # how; of these ar uses temperature, top_k, top_p, seed; ldlm n_steps, temperature, eta, time_grid, seed
     n_steps = 64            # forwards to spend: as many as tokens is best, fewer is faster and worse
     temperature = 0.8       # below 1 more conservative, 0 = always the most likely token (ldlm: scales the noise)
     top_k = 0               # choose among the k most likely tokens, 0 = all

@@ -310,7 +310,7 @@ else:
     obj = checkpoint.make_objective(objective, model, mask_id=mask_id, shift=shift, separator=tok.sep_id,
                                     eos_id=tok.eos_id, tokenizer=tok, **training)
 obj.check_sampler(n_steps=sample_steps, commit=sample_commit, score=sample_score, remask='none', block_len=0,
-                  eta=sample_eta, time_grid=sample_time_grid)
+                  eta=sample_eta, time_grid=sample_time_grid, temperature=sample_temperature)
 obj.to(device).train()
 model = obj.model
 if freeze_layers: model.freeze(freeze_layers)

@@ -99,7 +99,7 @@ if __name__ == '__main__':
         f.read_text())['results']]
     rows, shared = there['results'], config.keys() - {'arms', 'seeds', 'twice', 'out_dir', 'result'}
     if differ := [f"{k} {there['config'].get(k)!r} -> {config[k]!r}" for k in sorted(shared)
-                  if there['config'].get(k, config[k]) != config[k]]:
+                  if there['config'].get(k) != config[k]]:
         raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
     if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
     for arm in arms.split(','):

@@ -177,7 +177,10 @@ def test_rope_attention(B, N, M, M2, H, hd, dtype, monkeypatch):
         want = K.rope_attention_ref(*map(exact, (q, kv, *rots, q_weight, k_weight)), 1e-6, exact(other), seen)
         assert got.dtype == dtype
         close(got, want, TOL.get(dtype, 2e-3))               # the interpreter's product of bf16 is wrong
-    with pytest.raises(AssertionError): K.rope_attention(q, kv[:, :, H:], *rots, q_weight, k_weight, 1e-6)
+    for wrong in (dict(kv=kv[:, :, H:]), dict(mask=mask.float()), dict(mask=mask[..., 1:]),
+                  dict(mask=mask.expand(-1, -1, N + 1, -1)), dict(other=(kv[:, :, :H].double(),) * 2)):
+        with pytest.raises(AssertionError): K.rope_attention(**dict(
+            q=q, kv=kv, rot=rots[0], kv_rot=rots[1], q_weight=q_weight, k_weight=k_weight, eps=1e-6) | wrong)
 
 
 @kernel

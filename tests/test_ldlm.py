@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint
+import kernels as K
 from ar import AR
 from data import Corpus, batch_from_documents, lay_out, prepare
 from encoder import Encoder
@@ -23,6 +24,7 @@ from kernels import row_noise
 from ldlm import (
     LDLM,
     AdaptiveTimesteps,
+    Attention,
     LatentConfig,
     LatentModel,
     Sampler,
@@ -376,7 +378,7 @@ def test_the_adaptive_grid_is_uniform_in_xi():
     for kw in ({}, dict(time_grid='uniform')): o.sample([[]], 12, n_steps=4, **kw)
     assert told == pytest.approx([*t.tolist(), *xi.tolist()])
     assert o.grid(1)[0].tolist() == [1]
-    for wrong in (dict(time_grid='linear'), dict(eta=2), dict(n_steps=0)):
+    for wrong in (dict(time_grid='linear'), dict(eta=2), dict(n_steps=0), dict(temperature=-1)):
         with pytest.raises(SystemExit): o.check_sampler(**dict(n_steps=4, eta=0, time_grid='uniform') | wrong)
 
 
@@ -534,6 +536,23 @@ def test_sampler_is_the_plain_sampler(kw):
         torch.testing.assert_close(sampler.latents(seeds, **prefix), z, atol=1e-5, rtol=1e-4)
         o.train()
         assert len(logits.argmax(-1).unique()) > 1
+
+
+@pytest.mark.parametrize('own, other', [(True, False), (True, True), (False, True)])
+def test_attention_is_the_same_with_and_without_gradients(own, other):
+    """Where no gradient is wanted, another path computes it: raw or cached keys, a mask or none."""
+    torch.manual_seed(0)
+    attn = Attention(LatentConfig(**SMALL), own, other).eval()
+    x, y = torch.randn(2, 5, attn.o_proj.in_features), torch.randn(2, 7, attn.o_proj.in_features)
+    rot, y_rot = (K.rope_tables(torch.arange(n).repeat(2, 1), attn.head_dim, 1e2) for n in (5, 7))
+    mask = torch.ones(2, 1, 1, 7 * other + 5 * own, dtype=torch.bool)
+    mask[0, ..., :3], mask[1, ..., :7] = not other, not (other and own)
+    for seen in (None, mask):
+        args = (y, y_rot, seen) if other else (None, None, seen)
+        want = attn(x, rot, *args)
+        with torch.no_grad():
+            torch.testing.assert_close(attn(x, rot, *args), want)
+            if own and other: torch.testing.assert_close(attn(x, rot, attn.keys(y, y_rot), None, seen), want)
 
 
 @pytest.mark.parametrize('kw', SHAPES, ids=str)
@@ -787,7 +806,8 @@ def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     assert [f"{r['seed']} {r['encoder_warmup']}" for r in runs] == ['1337 8', '1338 8', '1337 0', '1337 8']
     assert all(r['max_minutes'] == '0' and r['out_dir'].endswith('-20') for r in runs)
     assert len(json.loads((tmp_path / 'r.json').read_text())['results']) == 4
-    for words, what in ((['--max_iters=30'], 'max_iters 20'), (['--max_iters=20', '--nfe=4'], 'nfe')):
+    for words, what in ((['--max_iters=30'], 'max_iters 20'), (['--max_iters=20', '--nfe=4'], 'nfe'),
+                        (['--max_iters=20', '--global_batch_size=32'], 'global_batch_size 512 -> 32')):
         with pytest.raises(SystemExit, match=f'other settings .{what}'): ablations('--arms=E', *words)
     assert len(runs) == 4
     r = json.loads((tmp_path / 'r.json').read_text())
