@@ -946,6 +946,8 @@ if __name__ == '__main__':
         raise SystemExit(f"ways is a comma list of graph, eager, compiled, compiled_kernels, got {ways!r}")
     for file in shapes.split(','):
         if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
+        if what == 'ldlm' and 'encoder' not in runpy.run_path(file):
+            raise SystemExit(f"shapes: {file} is no config of a latent diffusion model: it has no encoder")
         if what == 'ldlm' and device == 'cpu' and '_qwen3_6_' in file:
             raise SystemExit("shapes of billions of parameters; a CPU can time --shapes=config/ldlm_quickstart.py")
     path = Path(result or f'{out_dir}/{what}.json')

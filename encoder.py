@@ -54,7 +54,8 @@ class Encoder:
 
     def __init__(self, path, layer=-3, device='', cache='', hash=''):
         self.path, self.layer, self.device, self.cache, self.hash = str(path), layer, device, cache, hash
-        self.model, self.caches = None, {}
+        self.model, self.caches, beside = None, {}, Path(__file__).parent / self.path
+        self.where = str(beside) if beside.exists() and not Path(self.path).exists() else self.path     # as sample.py's
 
     def load(self):
         if self.model is not None: return self
@@ -80,18 +81,18 @@ class Encoder:
                 raise SystemExit(f"a random encoder is random:<width>:<vocabulary>, got {self.path}") from None
             self.causal, self.config = True, ''
             return RandomFeatures(self.width, self.vocab_size)
-        kind = 'llama' if gguf_path(self.path) else json.loads(
-            (resolve(self.path) / 'config.json').read_text()).get('model_type')
+        kind = 'llama' if gguf_path(self.where) else json.loads(
+            (resolve(self.where) / 'config.json').read_text()).get('model_type')
         if kind == 'ldlm': raise SystemExit(f"{self.path} is a latent diffusion model: it has no features of tokens")
         if kind in ('llama', 'qwen2', 'qwen3'):
-            model = Transformer.from_pretrained(self.path)
+            model = Transformer.from_pretrained(self.where)
             model.layers = model.layers[:self._upto(len(model.layers))]
             model.lm_head, model.norm = None, model.norm if self.is_last else nn.Identity()
             self.width, self.vocab_size, self.causal = model.cfg.n_embd, model.cfg.vocab_size, model.cfg.causal
             self.config = str(model.cfg)
             return model
         from transformers import AutoModel
-        model = AutoModel.from_pretrained(resolve(self.path), dtype=torch.float32)
+        model = AutoModel.from_pretrained(resolve(self.where), dtype=torch.float32)
         c, n = model.config, model.config.num_hidden_layers
         owner, name = next(((m, name) for m in model.modules() for name, child in m.named_children()
                             if isinstance(child, nn.ModuleList) and len(child) == n), (None, ''))

