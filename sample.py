@@ -301,7 +301,7 @@ if __name__ == '__main__':
     max_new_tokens = 96     # after a prompt; a sample ends earlier at an end-of-text token
     n = 3                   # samples, as one batch
     # how; of these ar uses temperature, top_k, top_p, seed; ldlm n_steps, temperature, eta, time_grid, seed
-    n_steps = 64            # forwards to spend: as many as tokens is best, fewer is faster and worse
+    n_steps = 64            # forwards to spend (ldlm: per chunk): as many as tokens is best, fewer is faster and worse
     temperature = 0.8       # below 1 more conservative, 0 = always the most likely token (ldlm: scales the noise)
     top_k = 0               # choose among the k most likely tokens, 0 = all
     top_p = 1.0             # choose among the most likely tokens that share this probability
@@ -373,6 +373,10 @@ if __name__ == '__main__':
     for part in template: given += [False] * part if isinstance(part, int) else [True] * len(part)
     if len(given) > (trained := obj.model.cfg.max_seq_len) and obj.name != 'ldlm':      # which writes chunk by chunk
         print(f"note: {len(given)} tokens, but the model was trained on {trained}: expect worse text beyond")
+    if obj.name == 'ldlm' and len(template[0]) > (P := obj.model.cfg.prefix_len) > 0:
+        print(f"note: of the prompt's {len(template[0])} tokens the model reads the last {P}")
+    if obj.name == 'ldlm' and max_new_tokens > obj.longest:
+        print(f"note: without a prefix_len the model writes one chunk, {obj.longest} tokens")
     settings = dict(n_steps=n_steps, temperature=temperature, top_k=top_k, top_p=top_p, commit=commit,
                     score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, time_grid=time_grid, seed=seed)
     watch = Watch(tok, obj.mask_id, given, n, show, keep=bool(html or history), delay=delay)
