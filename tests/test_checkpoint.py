@@ -121,12 +121,12 @@ def test_killed_while_saving(tmp_path, owner, moment):
     train_steps(obj, optimizers, (0,))
     old = copy.deepcopy(obj)
     save(tmp_path, step=1, obj=obj, optimizers=optimizers)
+    train_steps(obj, optimizers, (1,))                  # not in the child: autograd's threads do not survive a fork
     if child := os.fork(): status = os.waitpid(child, 0)[1]
     else:
         try:
             signal.alarm(60)                            # a fork that hangs
             torch.set_num_threads(1)
-            train_steps(obj, optimizers, (1,))
             setattr(owner, moment, lambda *args, **kw: os.kill(os.getpid(), signal.SIGKILL))
             save(tmp_path, step=2, obj=obj, optimizers=optimizers)
         finally: os._exit(1)
