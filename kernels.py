@@ -762,8 +762,8 @@ def _rope_attention_tiles(B, N, H):
 
 def rope_attention_pays(B: int, N: int, H: int, hd: int) -> bool:
     """Measured on an H100: faster with few rows, or where a tile or two hold all queries; beyond that each tile rotates
-    the keys again. Heads wider than 256 do not fit in shared memory."""
-    return hd <= 256 and (B * N * H < ROPE_ATTENTION_FEW or N * hd <= 8192)
+    the keys again. Heads wider than 128 do not fit in the registers."""
+    return hd <= 128 and (B * N * H < ROPE_ATTENTION_FEW or N * hd <= 8192)
 
 
 @functools.partial(_op, contiguous=False)
