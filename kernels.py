@@ -253,6 +253,15 @@ def _hide(s, seen, at, BLOCK: tl.constexpr):
     return s
 
 
+@triton.jit
+def _softmax(s, m, l, scale: tl.constexpr):
+    """One block of scores more -> the running maximum and sum, p, and by how much what was summed before shrinks."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # scale = log2(e) / sqrt(hd)
+    p = tl.exp2(s * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    return m_new, l * shrink + tl.sum(p, 1), p, shrink
+
+
 @triton.jit(do_not_specialize=['Tq', 'Tk'])
 def _attention_fwd(q, k, v, o, lse, by_query, qb, qh, qt, kb, kh, kt, vb, vh, vt, Tq, Tk, scale: tl.constexpr,
                    G: tl.constexpr, R: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -268,10 +277,7 @@ def _attention_fwd(q, k, v, o, lse, by_query, qb, qh, qt, kb, kh, kt, vb, vh, vt
         cols = at + tl.arange(0, BN)
         k_block = _load_rows(k, (kb, kh, kt), b, h // G, cols, Tk, HD)
         s = _hide(tl.dot(q_tile, k_block.T, input_precision='ieee'), seen, at, BN)
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)             # scale = log2(e) / sqrt(hd)
-        p = tl.exp2(s * scale - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        m, l = m_new, l * shrink + tl.sum(p, 1)
+        m, l, p, shrink = _softmax(s, m, l, scale)
         v_block = _load_rows(v, (vb, vh, vt), b, h // G, cols, Tk, HD)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision='ieee')
     l = tl.where(l > 0, l, 1.0)                                 # a row that sees nothing: acc = 0
@@ -712,12 +718,11 @@ def _rotated(x, stride, rows, n, weight, cos, sin, eps: tl.constexpr, HD: tl.con
 
 @triton.jit
 def _attend(q1, q2, k1, k2, v, seen, m, l, acc, scale: tl.constexpr):
-    """One block of keys more: the running maximum, sum and output of a softmax, see attention."""
+    """One block of keys more -> m, l, acc, as in _attention_fwd."""
     s = tl.dot(q1, k1.T, input_precision='ieee')
     s = tl.where(seen[None, :], tl.dot(q2, k2.T, s, input_precision='ieee'), -float('inf'))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    p, shrink = tl.exp2(s * scale - m_new[:, None]), tl.exp2(m - m_new)
-    return m_new, l * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
+    m, l, p, shrink = _softmax(s, m, l, scale)
+    return m, l, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
 
 
 @triton.jit

@@ -387,6 +387,11 @@ def between(points, x):
         if a <= x <= b and a < b: return ya + (x - a) / (b - a) * (yb - ya)
 
 
+def line_of(label, others):
+    """A line joins temperatures: 'latent diffusion, eta 0.0'."""
+    return ', '.join([label, *(o for o in others if not o.startswith('temperature='))]).replace('=', ' ')
+
+
 ENTROPY = 6.6                   # nats per token: near that of the documents, every model has settings on both sides
 
 
@@ -404,11 +409,11 @@ def at_entropy(result, entropy=ENTROPY):
 
 
 def ldlm_lines(results):
-    """{model and settings: {steps, None if there is no choice: (perplexity, tokens/s)}} at ENTROPY."""
+    """{model and settings: {steps, None without a choice: (perplexity, tokens/s)}} at ENTROPY, without real_ppl."""
     lines = {}
     for label, r in results.items():
-        for (steps, *others), x in at_entropy(r).items():
-            lines.setdefault(', '.join([label, *others]).replace('=', ' '), {})[steps] = x
+        for (steps, *others), x in ({} if 'real_ppl' in r['results'] else at_entropy(r)).items():
+            lines.setdefault(line_of(label, others), {})[steps] = x
     return lines
 
 
@@ -417,7 +422,7 @@ def ldlm_samples():
     measured, at the most steps. Of one model's settings, those that no other one beats in both."""
     found = {label: load(name) for label, name in LDLM_SAMPLES.items()}
     first = found['autoregressive']
-    lines = ldlm_lines({label: r for label, r in found.items() if 'real_ppl' not in r['results']})
+    lines = ldlm_lines(found)
     steps = sorted({n for line in lines.values() for n in line}, key=lambda n: n or 1e9)
     equal = [(f"perplexity under {first['config']['scorer']} at entropy {ENTROPY} (tokens/s)",
               *(f'{n} steps' if n else 'token by token' for n in steps))]
@@ -451,15 +456,14 @@ def ldlm_figure(out):
     by_entropy, notes = {}, [{}, {}]
     for label, r in found.items():
         for name, x in r['results'].items():
-            task, steps, others = sweep_point(name)
+            _, steps, others = sweep_point(name)
             if steps not in (None, 128): continue
-            rest = [o for o in others if not o.startswith('temperature=')]
-            key = ', '.join([label, *rest]).replace('=', ' ')
+            key = line_of(label, others)
             for values, v in zip(by_entropy.setdefault(key, ([], [])), (x['token_entropy'], x['gen_ppl'])):
                 values.append(v)
             notes[0].setdefault(key, []).append(others[-1].split('=')[1] if others else '')
     by_speed = {key: ([], []) for key in by_entropy}                            # the same colours
-    for key, line in ldlm_lines({k: r for k, r in found.items() if 'real_ppl' not in r['results']}).items():
+    for key, line in ldlm_lines(found).items():
         by_speed[key] = [speed for _, speed in line.values()], [ppl for ppl, _ in line.values()]
         notes[1][key] = [str(n or '') for n in line]
     scorer = found['autoregressive']['config']['scorer']
@@ -546,8 +550,8 @@ def results_table(files, as_csv=False):
 
 
 def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=None, notes=(), log_y=False):
-    """lines: {label: (xs, ys)}; notes: {label: a text per point}, a list of one per panel. beside: xlabel and lines of
-    a second panel. log_x: of the last panel, with a tick at every x; with notes without."""
+    """lines: {label: (xs, ys)}; notes: per panel {label: a text per point}. beside: xlabel and lines of a second panel.
+    log_x: of the last panel, with a tick at every x; with notes without."""
     try:
         import matplotlib.ticker
     except ImportError: raise SystemExit("figures need: pip install matplotlib") from None
@@ -558,7 +562,7 @@ def figure(title, xlabel, ylabel, lines, out, log_x=False, marker='o', beside=No
     beside_it = dict(loc='center left', bbox_to_anchor=(1, 0.5)) if notes else {}
     fig, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 4.2), dpi=150, squeeze=False, sharey=True)
     for i, (ax, (xlabel, lines)) in enumerate(zip(axes[0], panels)):
-        texts = dict(notes[i] if isinstance(notes, list) else notes)
+        texts = notes[i] if notes else {}
         for label, (xs, ys) in lines.items():
             ax.plot(xs, ys, marker=marker, ms=4, lw=1.6, label=label)
             for x, y, note in zip(xs, ys, texts.get(label, [])):
@@ -640,7 +644,7 @@ def pareto(files, out):
             scorers.add(r['scorer'])
     if len(scorers) > 1: raise SystemExit(f"perplexities of different scorers: {', '.join(sorted(scorers))}")
     figure('', 'entropy of the tokens, nats', f'perplexity under {scorers.pop()}', by_entropy, out, log_x=True,
-           beside=('tokens/s', by_speed) if by_speed else None, notes=notes, log_y=True)
+           beside=('tokens/s', by_speed) if by_speed else None, notes=[notes, notes], log_y=True)
 
 
 def training_curves(files, metric, x):

@@ -108,7 +108,7 @@ if __name__ == '__main__':
         for seed in [int(s) for s in seeds.split(',')] + [int(seeds.split(',')[0]) + 1] * (arm in twice.split(',')):
             if old := [row for row in rows + elsewhere if (row['arm'], row['seed']) == (arm, seed)]:
                 if old[0]['settings'] == settings_of(arm): continue
-                raise SystemExit(f"{result} has another arm {arm}: delete it or choose another one")
+                raise SystemExit(f"{result} has another arm {arm}: choose another --result")
             rows.append(run_arm(arm, seed))
             write_json(Path(result), provenance('cuda' if torch.cuda.is_available() else 'cpu', started)
                        | dict(results=rows, config=config))
