@@ -76,7 +76,7 @@ def share(n: gl.constexpr, P: gl.constexpr):
 @gluon.jit
 def read_weights(w, tiles, full, free, first, count, total, FLIGHT: gl.constexpr):
     """One warp: `total` pairs of weights, over and over those from first to first + count, through the ring. At most
-    FLIGHT are on the way: more would not come sooner, and all else would queue behind them."""
+    FLIGHT are on the way: more would come sooner, but all else would queue behind them."""
     RING: gl.constexpr = tiles.shape[0]
     ahead = first
     for n in range(total):
@@ -114,6 +114,14 @@ def fetch(x, pair, slots, n, more, WITHOUT: gl.constexpr):
 
 
 @gluon.jit
+def arrived(on_the_way: gl.constexpr):
+    """All that was fetched but the last pairs is there, and the matrix units see it."""
+    async_copy.wait_group(on_the_way)
+    fence_async_shared()
+    sync()
+
+
+@gluon.jit
 def dot(x, w, acc):
     acc = mma(x.slice(0, 64), w.slice(0, 64).permute((1, 0)), acc, is_async=True)
     return mma(x.slice(64, 64), w.slice(64, 64).permute((1, 0)), acc, is_async=True)
@@ -126,8 +134,7 @@ def product(x, first, n, slots, ring, turn, WITHOUT: gl.constexpr):
     for i in gl.static_range(SLOTS - 1): fetch(x, first + i, slots, i, i < n, WITHOUT)
     z, done = gl.zeros((64, 64), gl.float32, layout=MMA), 0
     for i in range(n):
-        async_copy.wait_group(SLOTS - 2)
-        sync()
+        arrived(SLOTS - 2)
         tile, slot, turn = weights(ring, turn, WITHOUT)
         z = mma_wait(2, deps=(dot(slots.index(i & (SLOTS - 1)), tile, z),))     # those of the turn before are done
         sync()
@@ -153,8 +160,7 @@ def gate_up(x, n, slots, ring, turn, WITHOUT: gl.constexpr):
         tile1, slot1, turn = weights(ring, turn, WITHOUT)
         tile2, slot2, turn = weights(ring, turn, WITHOUT)
         for h in gl.static_range(2):
-            async_copy.wait_group(SLOTS - 2)
-            sync()
+            arrived(SLOTS - 2)
             pair = slots.index((2 * i + h) & (SLOTS - 1))
             z = dot(pair, tile1 if h else tile, z)
             for j in gl.static_range(2):
@@ -212,16 +218,14 @@ def attend(qkv, o, squares, scale: gl.constexpr, eps: gl.constexpr, M: gl.conste
         q_squares, k_squares = squares + 2 * h * 64, squares + 2 * (H + h) * 64
         rq = scale / gl.sqrt((gl.load(q_squares + i) + gl.load(q_squares + 64 + i)) / 128 + eps)
         rk = 1 / gl.sqrt((gl.load(k_squares + j) + gl.load(k_squares + 64 + j)) / 128 + eps)
-        async_copy.wait_group(1)
-        sync()
+        arrived(1)
         s = dot(slots.index(0), slots.index(1), gl.zeros((64, 64), gl.float32, layout=MMA))
         s = mma_wait(0, deps=(s,)) * rq[:, None] * rk[None, :]
         s = gl.where((j < M)[None, :], s, -float('inf'))
         p = gl.exp2(s - gl.max(s, 1)[:, None])
         l = gl.sum(p, 1)[:, None]
         p = gl.convert_layout(p.to(o.dtype.element_ty), gl.DotOperandLayout(0, MMA, 2))
-        async_copy.wait_group(0)
-        sync()
+        arrived(0)
         for half in gl.static_range(2):
             y = mma(p, slots.index(2).slice(64 * half, 64), gl.zeros((64, 64), gl.float32, layout=MMA)) / l
             to = o + (2 * h + half) * 4096 + i[:, None] * 64 + j[None, :]
@@ -325,11 +329,12 @@ def pack(products, P):
 
 class Blocks:
     """blocks: (attn_norm, qkv, q_norm, k_norm, o, mlp_norm, gate_up, down) each; last: the norm behind them. cos and
-    sin (M, 64): rotations. A call is one kernel, and a copy of x."""
+    sin (M, 64): rotations. A call is one kernel, and copies of its input and output."""
 
     def __init__(self, blocks, last, cos, sin):
         self.M, D = len(cos), blocks[0][1].shape[1]
         self.H, self.n, device, dtype = D // HD, len(blocks), cos.device, blocks[0][1].dtype
+        assert D % 256 == 0 and self.M <= 64, f"{D=} {self.M=}"
         self.P = torch.cuda.get_device_properties(device).multi_processor_count
         products, turns = [], []
         for _, qkv, q_norm, k_norm, o, _, gate_up, down in blocks:
@@ -342,18 +347,19 @@ class Blocks:
                 partner = torch.stack([-sin * w2, sin * w1], 2).view(self.M, 2, 64)
                 turns.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
         self.packed, self.starts, self.counts = pack(products, self.P)
-        self.F, self.gates = (-(-blocks[0][7].shape[1] // n) for n in (128, 48))
-        self.F *= 128
+        n_ff = blocks[0][7].shape[1]
+        self.F, self.gates = -(-n_ff // 128) * 128, -(-n_ff // 48)      # columns of hid that down reads, units of 48
         self.turns = torch.stack(turns).float().contiguous()
         self.norms = torch.stack([v for b in blocks for v in (b[0], b[5])] + [last]).float()
         zeros = lambda n: torch.zeros(n, 64, 64, device=device, dtype=dtype)
-        self.y, self.qkv, self.att, self.hid = (zeros(n) for n in (D // 64, 3 * D // 64, D // 64, self.F // 64))
+        self.y, self.qkv, self.att, self.hid = (zeros(n) for n in (D // 64, 3 * D // 64, D // 64, self.F // 64 + 1))
         self.parts = torch.empty(PARTS, self.M, D, device=device)
         self.squares = torch.empty(4 * self.H, 64, device=device)
         self.bar = torch.zeros(1, dtype=torch.int32, device=device)
 
     def __call__(self, x, n_blocks, without='', flight=FLIGHT):
         """x (M, D) -> the last norm's output (M, D) behind n_blocks of the blocks, in turn."""
+        assert 1 <= flight <= RING, f"{flight=}"
         blocks_kernel[(self.P,)](
             TensorDescriptor.from_tensor(self.packed, [128, 64], SWIZZLED.value), self.starts, self.counts, self.norms,
             self.turns, x.clone(), self.y, self.qkv, self.att, self.hid, self.parts, self.squares, self.bar, n_blocks,
@@ -404,6 +410,10 @@ if __name__ == '__main__':
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise SystemExit("persistent_block.py needs a Hopper GPU")
     if n_embd % 256 or not 1 <= rows <= 64: raise SystemExit("n_embd must be a multiple of 256, rows from 1 to 64")
+    if min(n_embd, n_ff, layers, steps) < 1: raise SystemExit("n_embd, n_ff, layers and steps must be at least 1")
+    for size in (-(-n_embd // HD), -(-n_ff // HD)):
+        if size <= -(-size // PARTS) * (PARTS - 1):
+            raise SystemExit(f"n_embd or n_ff: {size} pairs of tiles cannot be cut into {PARTS} parts of one length")
     started, n = time.time(), layers * steps
     torch.manual_seed(0)
     with torch.no_grad():
@@ -420,8 +430,12 @@ if __name__ == '__main__':
         facts = dict(rel_error=((got - want).norm() / want.norm()).item(),
                      same=all(torch.equal(ours(x, layers).float(), got) for _ in range(10)))
         for flight in (1, 2, 3, 4, 8):
-            results.append(dict(way='persistent', flight=flight, us=us(ours, x, n, '', flight)) | facts)
+            row = dict(way='persistent', flight=flight, us=us(ours, x, n, '', flight))
+            results.append(row | facts if flight == FLIGHT else row)
         for without in WITHOUT[1:]:
             results.append(dict(way='persistent', flight=FLIGHT, without=without, us=us(ours, x, n, without)))
     for row in results: print(row)
-    if result: write_json(Path(result), provenance('cuda', started) | dict(results=results, config=config))
+    if result:
+        facts = provenance('cuda', started)
+        facts['versions']['triton'] = triton.__version__
+        write_json(Path(result), facts | dict(results=results, config=config))

@@ -66,7 +66,7 @@ def test_streams(P):
 
 
 def compile_for_hopper(path):
-    """At the 35B shape -> stack and local memory in bytes, shared memory, the PTX."""
+    """-> stack and local memory in bytes, shared memory, the PTX."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
     fn = B.blocks_kernel
@@ -87,18 +87,19 @@ def compile_for_hopper(path):
 
 @pytest.mark.skipif(K.INTERPRET, reason='needs the real compiler')
 def test_compiles_for_hopper(tmp_path):
-    """Without spills, in the shared memory that there is, with Hopper's matrix units and copies."""
+    """At the 35B shape without spills, in the shared memory that there is, with Hopper's matrix units and copies."""
     done = subprocess.run([sys.executable, __file__, tmp_path / 'cubin'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     stack, local, shared, ptx = json.loads(done.stdout)
     assert stack == local == 0 and 150 << 10 < shared <= 227 << 10
     for what in ('wgmma.mma_async', 'cp.async.bulk.tensor', 'cp.async.cg'): assert what in ptx, what
+    assert ptx.count('fence.proxy.async') >= 5      # between what cp.async wrote and the matrix units that read it
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason='needs a Hopper GPU')
 @pytest.mark.parametrize('rows, D, n_ff, n, times', [
-    (64, 2048, 5464, 2, 2), (50, 512, 900, 3, 1), (1, 1024, 2728, 1, 3)])
+    (64, 2048, 5464, 2, 2), (50, 512, 900, 3, 1), (1, 1024, 2728, 1, 3), (8, 512, 1024, 2, 1)])
 @torch.no_grad()
 def test_persistent_blocks(rows, D, n_ff, n, times):
     """Against the sampler's kernels and cuBLAS, also with blocks that come again; the same bits each time."""
