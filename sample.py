@@ -28,6 +28,9 @@ from checkpoint import find, load_checkpoint
 from configurator import configure
 from data import chat_prompt
 
+USED = dict(ar='temperature top_k top_p seed'.split(), ldlm='n_steps temperature eta time_grid seed'.split(),
+            mdm='n_steps temperature top_k top_p commit score remask tau block_len seed'.split())
+
 
 # ---- input -------------------------------------------------------------------------------------------
 def text_or_file(name, text, file):
@@ -379,6 +382,9 @@ if __name__ == '__main__':
         print(f"note: without a prefix_len the model writes one chunk, {obj.longest} tokens")
     settings = dict(n_steps=n_steps, temperature=temperature, top_k=top_k, top_p=top_p, commit=commit,
                     score=score, remask=remask, tau=tau, block_len=block_len, eta=eta, time_grid=time_grid, seed=seed)
+    used = [k for k in settings if k in USED.get(obj.name, settings)]
+    if unused := [k for k in settings if k not in used and any(arg.startswith(f'--{k}=') for arg in sys.argv)]:
+        print(f"note: {out_dir} is {obj.name}, which has no use for {', '.join(unused)}")
     watch = Watch(tok, obj.mask_id, given, n, show, keep=bool(html or history), delay=delay)
     started, finished = time.time(), False
     try:
@@ -422,8 +428,6 @@ if __name__ == '__main__':
             for record in records: f.write(json.dumps(record, ensure_ascii=False) + '\n')
         print(f"appended {n} line(s) to {out}")
     if html:
-        shown = dict(ar='temperature top_k top_p seed', ldlm='n_steps temperature eta time_grid seed').get(obj.name)
-        used = {k: v for k, v in settings.items() if k in (shown.split() if shown else settings)}
-        facts = dict(out_dir=out_dir, objective=obj.name, **used, nfe=nfe, tokens=n_new)
+        facts = dict(out_dir=out_dir, objective=obj.name, **{k: settings[k] for k in used}, nfe=nfe, tokens=n_new)
         Path(html).write_text(html_page(watch, facts), encoding='utf-8')
         print(f"wrote {html}: open it in a browser")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sample
+import solve
 from ar import AR
 from checkpoint import save_checkpoint
 from data import byte_tokenizer
@@ -199,6 +200,16 @@ def test_autoregressive(tmp_path, monkeypatch, capsys):
     assert all(r['history'][0] == 'ab' and len(r['history']) == r['nfe'] + 1 for r in records)
     with pytest.raises(SystemExit, match='not fill holes'):
         in_process(monkeypatch, f'--out_dir={path}', '--infill=a<hole>b')
+
+
+def test_settings_without_use_are_named(mdm_dir, tmp_path, monkeypatch, capsys):
+    """Where the objective has no use for what was asked for. Defaults are not mentioned; every setting has a use."""
+    run = lambda path, *args: in_process(monkeypatch, f'--out_dir={path}', '--max_new_tokens=2', '--n=1', '--n_steps=2',
+                                         '--device=cpu', *args) or capsys.readouterr().out
+    assert 'mdm, which has no use for eta, time_grid' in run(mdm_dir, '--eta=0.5', '--time_grid=uniform', '--top_k=3')
+    assert 'no use' not in run(mdm_dir, '--commit=schedule', '--block_len=2')
+    assert 'ar, which has no use for n_steps, commit\n' in run(save_tiny(tmp_path / 'ar', AR), '--commit=schedule')
+    assert set(sum(sample.USED.values(), [])) == {*solve.SAMPLER, 'seed'}
 
 
 @pytest.mark.parametrize('args,says', [
