@@ -486,11 +486,16 @@ def save(step):
         checkpoint.save_checkpoint(out, 'step', obj, tok, run_state(step), optimizers, keep_last, ema.raw())
 
 
-stop_signals = []
+stop_signals, step = [], start_step
 
 
 def ask_to_stop(number, frame):
-    """A first signal makes the loop save and leave, a second one kills (torchrun repeats each by itself)."""
+    """A first signal makes the loop save and leave, a second one kills (torchrun repeats each by itself). While blocks
+    are compiled, before the first step, there is nothing to save; and where all processes of a group get the signal, as
+    from `timeout`, PyTorch would wait forever for the workers that it killed."""
+    if compiled and step == start_step:
+        os.write(1, b'stopped by a signal before the first step\n')
+        os._exit(128 + number)
     stop_signals.append(number)
     if 'TORCHELASTIC_RUN_ID' not in os.environ: signal.signal(number, signal.SIG_DFL)
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, ask_to_stop)
@@ -500,7 +505,7 @@ bar = tqdm(total=max_iters, initial=start_step, unit='step', dynamic_ncols=True,
            disable=None if is_main else True)
 ahead = ThreadPoolExecutor(1)
 pending = ahead.submit(prepared_batch, start_step, 0)
-step, interrupted, bad_steps, speeds = start_step, False, 0, []
+interrupted, bad_steps, speeds = False, 0, []
 loop_started = last_time = time.time()
 last_step = step
 while step < max_iters and not time_is_up:

@@ -124,6 +124,23 @@ def test_a_run_and_what_it_leaves(train, capsys):
     assert json.loads(Path('run/export/config.json').read_text())['dtype'] == 'bfloat16'
 
 
+def test_a_signal_before_the_first_compiled_step_ends_at_once(train, monkeypatch):
+    """A compilation may wait forever for workers that the same signal has killed, so nobody may wait for it."""
+    run = train(max_iters=1, eval_interval=0, sample_tokens=0)
+    ask, ended = run['ask_to_stop'], []
+    known = ask.__globals__
+    monkeypatch.setattr(os, '_exit', lambda code: ended.append(code) or sys.exit(code))
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    for compiled, step, leaves in ((True, 0, True), (True, 1, False), (False, 0, False)):
+        for key, value in dict(compiled=compiled, step=step, start_step=0, stop_signals=[]).items():
+            monkeypatch.setitem(known, key, value)
+        ended.clear()
+        if leaves:
+            with pytest.raises(SystemExit): ask(signal.SIGTERM, None)
+        else: ask(signal.SIGTERM, None)
+        assert ended == [128 + signal.SIGTERM] * leaves and known['stop_signals'] == [signal.SIGTERM] * (not leaves)
+
+
 def test_weight_decay_is_for_matrices_only(train):
     run = train(max_iters=1, eval_interval=0, sample_tokens=0)
     decayed, plain = run['optimizers'][0].param_groups
