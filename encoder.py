@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from model import Transformer, resolve
+from model import Transformer, look_up, resolve
 from tokenizer import gguf_path
 
 
@@ -54,8 +54,7 @@ class Encoder:
 
     def __init__(self, path, layer=-3, device='', cache='', hash=''):
         self.path, self.layer, self.device, self.cache, self.hash = str(path), layer, device, cache, hash
-        self.model, self.caches, beside = None, {}, Path(__file__).parent / self.path
-        self.where = str(beside) if beside.exists() and not Path(self.path).exists() else self.path     # as sample.py's
+        self.model, self.caches, self.where = None, {}, look_up(path)
 
     def load(self):
         if self.model is not None: return self

@@ -351,6 +351,12 @@ def rope_scale(cfg: ModelConfig) -> Tensor | None:
     return 1 / ((1 - smooth) / s['factor'] + smooth)
 
 
+def look_up(path: str | Path) -> str:
+    """path as seen from the current directory; where nothing is there, from this file's, if something is."""
+    beside = Path(__file__).parent / path
+    return str(beside if beside.exists() and not Path(path).exists() else path)
+
+
 def resolve(path: str | Path) -> Path:
     """A local directory, or the snapshot of a hub repository (downloaded when it is not in the cache)."""
     path = str(path)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from checkpoint import find, load_checkpoint
 from configurator import configure
 from data import chat_prompt
+from model import look_up
 
 USED = dict(ar='temperature top_k top_p seed'.split(), ldlm='n_steps temperature eta time_grid seed'.split(),
             mdm='n_steps temperature top_k top_p commit score remask tau block_len seed'.split())
@@ -346,8 +347,7 @@ if __name__ == '__main__':
         except OSError as e: raise SystemExit(f"cannot write {file}: {e.strerror}") from None
 
     # -- model
-    beside = Path(__file__).parent / out_dir
-    where = str(beside) if beside.exists() and not Path(out_dir).exists() else out_dir
+    where = look_up(out_dir)
     if Path(where).is_dir() and not (find(where) or Path(where, 'config.json').exists()):
         raise SystemExit(f"{out_dir} holds no checkpoint. Train one: python train.py config/quickstart.py")
     obj, tok = load_checkpoint(where, objective, shift.lower() == 'true' if shift else None,

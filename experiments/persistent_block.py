@@ -46,7 +46,6 @@ ROW = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))     # (64, 64) of a product
 MMA32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 MMA16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-WITHOUT = ('', 'weights', 'activations', 'attention', 'norms')
 HD, PARTS, RING, SLOTS, FLIGHT = 128, 4, 10, 4, 2
 
 
@@ -65,8 +64,8 @@ def everyone(bar, P: gl.constexpr):
 
 @gluon.jit
 def share(n: gl.constexpr, P: gl.constexpr):
-    """Which of n units of work is this program's first; n if none. Fewer units than programs are spread over all:
-    neighbours share a part of the chip's network, which is crowded where all of them work."""
+    """Which of n units of work is this program's first; n if none. Fewer units than programs are spread over all of
+    them, as neighbours share a part of the chip's network (measured: as fast as without)."""
     pid = gl.program_id(0)
     if n >= P: return pid
     unit = (pid * n + P - 1) // P
@@ -148,6 +147,27 @@ def product(x, first, n, slots, ring, turn, WITHOUT: gl.constexpr):
 
 
 @gluon.jit
+def product_in_parts(x, pairs: gl.constexpr, out, PARTS: gl.constexpr, D: gl.constexpr, slots, ring, turn,
+                     M: gl.constexpr, WITHOUT: gl.constexpr, P: gl.constexpr):
+    """x times this program's weights -> out (PARTS, M, D): the sums over each part of x's pairs."""
+    LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))[:, None]
+    col = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA))[None, :]
+    for unit in range(share(D // 64 * PARTS, P), D // 64 * PARTS, P):
+        at = unit % PARTS * LEN
+        z, turn = product(x, at, gl.minimum(pairs - at, LEN), slots, ring, turn, WITHOUT)
+        gl.store(out + (unit % PARTS * M + row) * D + unit // PARTS * 64 + col, z, row < M)
+    return turn
+
+
+@gluon.jit
+def silu_gate(z, N: gl.constexpr, L: gl.constexpr):
+    """Of columns gate, up, gate, up ... -> silu(gate) up (64, N)."""
+    g, u = gl.split(gl.reshape(z, (64, N, 2)))
+    return gl.convert_layout(g * u / (1 + gl.exp(-g)), L)
+
+
+@gluon.jit
 def gate_up(x, n, slots, ring, turn, WITHOUT: gl.constexpr):
     """The first 2n pairs of x times the next 3n weights: of every 3, two are 64 columns, the third another 32 for both
     pairs of x. In the columns gate and up take turns. -> silu(gate) up (64, 32) and (64, 16)."""
@@ -178,10 +198,7 @@ def gate_up(x, n, slots, ring, turn, WITHOUT: gl.constexpr):
     used(ring, done, True)
     used(ring, done1, True)
     used(ring, done2, True)
-    g, u = gl.split(gl.reshape(z, (64, 32, 2)))
-    z = gl.convert_layout(g * u / (1 + gl.exp(-g)), MMA32)
-    g, u = gl.split(gl.reshape(y, (64, 16, 2)))
-    return z, gl.convert_layout(g * u / (1 + gl.exp(-g)), MMA16), turn
+    return silu_gate(z, 32, MMA32), silu_gate(y, 16, MMA16), turn
 
 
 @gluon.jit
@@ -257,11 +274,7 @@ def compute(ring, slots, norms, turns, x, y, qkv, att, hid, parts, squares, bar,
         everyone(bar, P)
         if WITHOUT != 'attention': attend(qkv, att, squares, scale, eps, M, H, P, slots)
         everyone(bar, P)
-        O_LEN: gl.constexpr = (D // 128 + PARTS - 1) // PARTS
-        for unit in range(share(D // 64 * PARTS, P), D // 64 * PARTS, P):
-            at = unit % PARTS * O_LEN
-            z, turn = product(att, at, gl.minimum(D // 128 - at, O_LEN), slots, ring, turn, WITHOUT)
-            gl.store(parts + (unit % PARTS * M + row) * D + unit // PARTS * 64 + col, z, row < M)
+        turn = product_in_parts(att, D // 128, parts, PARTS, D, slots, ring, turn, M, WITHOUT, P)
         everyone(bar, P)
         if WITHOUT != 'norms': add_norm(parts, x, y, norms + (2 * layer + 1) * D, eps, PARTS, D, M, BLOCK, P)
         everyone(bar, P)
@@ -270,11 +283,7 @@ def compute(ring, slots, norms, turns, x, y, qkv, att, hid, parts, squares, bar,
             store_tile(hid, z, 48 * unit, 32, MMA32, M)
             store_tile(hid, u, 48 * unit + 32, 16, MMA16, M)
         everyone(bar, P)
-        DOWN_LEN: gl.constexpr = (F // 128 + PARTS - 1) // PARTS
-        for unit in range(share(D // 64 * PARTS, P), D // 64 * PARTS, P):
-            at = unit % PARTS * DOWN_LEN
-            z, turn = product(hid, at, gl.minimum(F // 128 - at, DOWN_LEN), slots, ring, turn, WITHOUT)
-            gl.store(parts + (unit % PARTS * M + row) * D + unit // PARTS * 64 + col, z, row < M)
+        turn = product_in_parts(hid, F // 128, parts, PARTS, D, slots, ring, turn, M, WITHOUT, P)
         everyone(bar, P)
         norm = norms + gl.where(block == n_blocks - 1, 2 * layers, 2 * ((block + 1) % layers)) * D
         if WITHOUT != 'norms': add_norm(parts, x, y, norm, eps, PARTS, D, M, BLOCK, P)
@@ -304,14 +313,14 @@ def blocks_kernel(w, starts, counts, norms, turns, x, y, qkv, att, hid, parts, s
 
 def units_of(w, parts):
     """(N, K) -> what units of 64 columns and a part of K read: a list of (pairs, 128, 64)."""
-    w = F.pad(w, (0, -w.shape[1] % 128, 0, -w.shape[0] % 64)).unflatten(0, (-1, 64)).unflatten(2, (-1, 2, 64))
+    w = F.pad(w, (0, -w.shape[1] % 128)).unflatten(0, (-1, 64)).unflatten(2, (-1, 2, 64))
     return [part for unit in w.permute(0, 2, 3, 1, 4).flatten(2, 3) for part in unit.split(-(-len(unit) // parts))]
 
 
 def gate_up_units(w):
     """(2 F, K), gate first -> what units of 96 columns, 48 of gate and up in turn, read: a list of (pairs, 128, 64)."""
     w = torch.stack(w.chunk(2), 1).flatten(0, 1)
-    w = F.pad(w, (0, -w.shape[1] % 256, 0, -w.shape[0] % 96)).unflatten(0, (-1, 96)).unflatten(2, (-1, 4, 64))
+    w = F.pad(w, (0, 0, 0, -w.shape[0] % 96)).unflatten(0, (-1, 96)).unflatten(2, (-1, 4, 64))
     most, rest = w.permute(0, 2, 3, 1, 4).split([64, 32], 3)            # (units, K / 256, 4, 64 or 32, 64)
     return list(torch.cat([most.flatten(2, 3).unflatten(2, (2, 128)), rest.flatten(2, 3)[:, :, None]], 2).flatten(1, 2))
 
@@ -432,7 +441,7 @@ if __name__ == '__main__':
         for flight in (1, 2, 3, 4, 8):
             row = dict(way='persistent', flight=flight, us=us(ours, x, n, '', flight))
             results.append(row | facts if flight == FLIGHT else row)
-        for without in WITHOUT[1:]:
+        for without in ('weights', 'activations', 'attention', 'norms'):
             results.append(dict(way='persistent', flight=FLIGHT, without=without, us=us(ours, x, n, without)))
     for row in results: print(row)
     if result:

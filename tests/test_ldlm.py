@@ -790,7 +790,7 @@ def test_an_encoder_is_found_from_another_directory(tmp_path, monkeypatch):
     Transformer(ModelConfig(64, n_layer=3, n_head=2, n_kv_head=2, n_embd=24, n_ff=48, causal=True)).save_pretrained(
         tmp_path / 'repo/out/ar')
     (tmp_path / 'elsewhere').mkdir()
-    monkeypatch.setattr('encoder.__file__', str(tmp_path / 'repo/encoder.py'))
+    monkeypatch.setattr('model.__file__', str(tmp_path / 'repo/model.py'))
     monkeypatch.chdir(tmp_path / 'elsewhere')
     e = Encoder('out/ar', -2).load()
     assert e.path == 'out/ar' and e.features(torch.ones(1, 4).long()).shape == (1, 4, 24)
