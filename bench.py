@@ -810,7 +810,7 @@ def latent_sampler(o, way, B, n_steps, mode):
     """-> a function of seeds, a Sampler."""
     compiled = mode if way.startswith('compiled') else ''
     if compiled: torch.compiler.reset()
-    sampler = Sampler(o, B, n_steps, compiled=compiled)
+    sampler = Sampler(o, B, n_steps, compiled=compiled, persistent=way != 'kernels')
     if way == 'compiled': sampler.step, sampler.decode = in_torch(sampler.step), in_torch(sampler.decode)
     return sampler
 
@@ -942,8 +942,8 @@ if __name__ == '__main__':
     for name in ('latents', 'batches', 'n_steps'):
         if not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', config[name]):
             raise SystemExit(f"{name} must be a comma list of numbers from 1, got {config[name]!r}")
-    if set(ways.split(',')) - {'graph', 'eager', 'compiled', 'compiled_kernels'}:
-        raise SystemExit(f"ways is a comma list of graph, eager, compiled, compiled_kernels, got {ways!r}")
+    if set(ways.split(',')) - {'graph', 'kernels', 'eager', 'compiled', 'compiled_kernels'}:
+        raise SystemExit(f"ways is a comma list of graph, kernels, eager, compiled, compiled_kernels, got {ways!r}")
     for file in shapes.split(','):
         if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
         if what == 'ldlm' and 'encoder' not in runpy.run_path(file):

@@ -765,9 +765,11 @@ class Sampler:
     their first self-attention. On a GPU the network is in bf16, the sampler's state in fp32, and all steps, both
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
     temperature: a factor on the initial noise and, with eta, on that of each step; 1 = as trained [S].
-    compiled: '' or a mode of torch.compile without CUDA graphs, for a step and for the decoders."""
+    compiled: '' or a mode of torch.compile without CUDA graphs, for a step and for the decoders.
+    persistent: all steps of a single text as one kernel (persistent.py), where that is known to be faster."""
 
-    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled=''):
+    def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled='',
+                 persistent=True):
         o, device = objective, objective.model.head.weight.device
         on_gpu = device.type == 'cuda'
         self.m = m = o.model.in_dtype(torch.bfloat16) if on_gpu else o.model
@@ -781,7 +783,10 @@ class Sampler:
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
         self.step, self.decode = wrap(self._step), wrap(lambda z: m.token_states(m.decode(z, self.start)))
-        self.n_calls, self.graph = 0, None
+        self.n_calls, self.graph, self.all_steps = 0, None, None
+        if persistent and B == 1 and not compiled and K.use_triton(m.head.weight) and on_gpu:
+            import persistent as P
+            if P.pays(m.cfg, device): self.all_steps = P.Steps(m, self.steps, self.self_cond)
 
     def _step(self, z, z_hat, mods, a, b, prefix):
         """-> z at the next time (without the noise of eta), z_hat."""
@@ -794,6 +799,9 @@ class Sampler:
         shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
         with self.autocast:
             z = self.temperature * K.row_noise(seeds, shape)
+            if self.all_steps and not see:
+                noise = range(self.all_steps.noisy * len(self.steps))
+                return self.all_steps(z, torch.cat([K.row_noise(seeds, shape, stream=i + 1) for i in noise] or [z]))
             z_hat = torch.zeros_like(z)
             prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
             for i, (*step, c) in enumerate(self.steps):

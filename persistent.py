@@ -1,0 +1,524 @@
+"""The steps of latent sampling for one text as one persistent kernel. A Hopper GPU; written in Gluon.
+
+For a batch of one the sampler reads all weights of the denoiser in every step, for 64 rows: the memory bus is the limit,
+and it idles at the start of each of a block's eight kernels. Here one program per multiprocessor stays for all steps; a
+barrier in memory stands where a kernel would end, and weights keep coming over it. Plain Triton cannot do that: its
+loads begin with the loop that uses them.
+
+    weights      cut into tiles of 64 x 64 or less, in the order of use. A warp of its own reads a program's share through
+                 a ring in shared memory, 16 KB at a time. In memory the first 16 KB of all programs come first, then
+                 the second ...: what is read at one time lies together
+    activations  8 columns of 64 rows after 8 columns of 64 rows, so that what a warp's matrix units hold is written as
+                 whole lines; 16 KB at a time, three ahead, from the L2 cache, where they are asked to stay
+    products     48 columns per program of q, k and v, 96 of gate and up, 64 of o, down and out, which are also cut into
+                 4 parts of their inputs: the program that is last with a tile of 64 columns adds up its parts, always in
+                 the same order, and does what comes next with them. So the same bits come out every time
+    norms        the weights of an RMSNorm go into its input, what it divides by into the result of the next product
+    attention    a head per program; QK-norm is applied to the scores
+
+LOG.md tells what was tried and how long each part takes.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma as mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait as mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+sync = getattr(gl, 'barrier', None) or gl.thread_barrier                # names of Triton 3.9, of 3.6
+load_tile = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
+load_async = getattr(async_copy, 'async_load', None) or async_copy.async_copy_global_to_shared
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))            # of weights
+NARROW = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))               # of activations
+WARPS = 4
+PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0]))
+SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0]))
+FEW = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))      # (16, 64), a part of a tile's rows
+SUMS4 = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, WARPS], [1, 0]))
+MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16]))  # (64, 64) of a product
+MMA32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 128 // WARPS, 16]))
+MMA16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64 // WARPS, 16]))
+HD, PARTS, RING, SLOTS, FLIGHT = 128, 4, 10, 4, 2
+W = gl.constexpr(16)                                                # columns of activations that lie together
+
+
+@gluon.jit
+def everyone(bar, P: gl.constexpr):
+    """All programs are here, and see what the others wrote. Program 0 adds what makes the sum 2^31: the sign flips."""
+    sync()
+    step = gl.where(gl.program_id(0) == 0, 2147483649 - P, 1).to(gl.int32)
+    old = gl.atomic_add(bar, step, sem='acq_rel', scope='gpu')
+    now = old
+    while (now ^ old) >= 0:
+        now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [bar], dtype=gl.int32,
+                                        is_pure=False, pack=1)
+    sync()
+
+
+@gluon.jit
+def zero():
+    """0, but no compiler knows it. Addresses made with it are made where they are used, not before all loops, in
+    registers that others need."""
+    return gl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def anew(pointer): return pointer + zero() * 16
+
+
+# ---- weights -------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.constexpr, ring, n, FLIGHT: gl.constexpr,
+                 P: gl.constexpr):
+    """This program's pairs of tiles of a product's weights, through the ring; n: how many were read before."""
+    tiles, full, free = ring
+    RING: gl.constexpr = tiles.shape[0]
+    LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
+    for unit in range(gl.program_id(0), units, P):
+        for k in range(gl.minimum(pairs - unit % PARTS * LEN, LEN)):
+            slot, late = n % RING, n - FLIGHT
+            mbarrier.wait(full.index(late % RING), late // RING & 1, pred=late >= 0)
+            mbarrier.wait(free.index(slot), n // RING & 1 ^ 1, pred=n >= RING)
+            mbarrier.expect(full.index(slot), 16384)
+            load_tile(w, [(first + k * units + unit) * 128, 0], full.index(slot), tiles.index(slot))
+            n += 1
+    return n
+
+
+@gluon.jit
+def read_weights(w, ring, n_steps, layers, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, PARTS: gl.constexpr,
+                 FLIGHT: gl.constexpr, P: gl.constexpr):
+    """All that this program's `compute` will use, in that order. At most FLIGHT pairs of tiles are on the way: more
+    would come sooner, but all else would queue behind them."""
+    O: gl.constexpr = 8 * H * (3 * H // 4)
+    G: gl.constexpr = O + 2 * H * H
+    D: gl.constexpr = G + GATES * (3 * H // 2)
+    ALL: gl.constexpr = D + 2 * H * PARTS * ((F // 128 + PARTS - 1) // PARTS)
+    n = 0
+    for _ in range(n_steps):
+        for layer in range(layers):
+            n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, P)
+            n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
+            n = read_product(w, layer * ALL + G, GATES, 3 * H // 2, 1, ring, n, FLIGHT, P)
+            n = read_product(w, layer * ALL + D, 2 * H * PARTS, F // 128, PARTS, ring, n, FLIGHT, P)
+        n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
+
+
+@gluon.jit
+def weights(ring, turn):
+    """The pair of tiles whose turn it is, when it is there, its slot, and the turn of the next; a turn is (slot, parity
+    of the round)."""
+    tiles, full, free = ring
+    slot, parity = turn
+    mbarrier.wait(full.index(slot), parity)
+    last = slot + 1 == tiles.shape[0]
+    return tiles.index(slot), slot, (gl.where(last, 0, slot + 1), gl.where(last, parity ^ 1, parity))
+
+
+@gluon.jit
+def used(ring, slot, pred):
+    """What is in this slot may be overwritten."""
+    mbarrier.arrive(ring[2].index(slot), count=1, pred=pred)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def place(first, N: gl.constexpr, L: gl.constexpr, W: gl.constexpr):
+    """Where columns first to first + N of 64 rows lie, in layout L: W columns of all rows, the next W columns ..."""
+    row, col = gl.arange(0, 64, layout=gl.SliceLayout(1, L)), gl.arange(0, N, layout=gl.SliceLayout(0, L))
+    if W > 16: col += first
+    at = (row * W)[:, None] + (col // W * 64 * W + col % W)[None, :]
+    return at + first * 64 if W <= 16 else at
+
+
+@gluon.jit
+def keep(to, x):
+    gl.store(to, x.to(to.dtype.element_ty), eviction_policy='evict_last')
+
+
+@gluon.jit
+def fetch(x, pair, slots, n, more):
+    """128 columns of x -> two tiles of 64 columns, the n-th to be fetched."""
+    i, j = gl.arange(0, 128, layout=gl.SliceLayout(1, PAIR)), gl.arange(0, 64, layout=gl.SliceLayout(0, PAIR))
+    at = (i // 64 * 4096 + i % 64 * W)[:, None] + (j // W * 64 * W + j % W)[None, :]
+    if more: load_async(slots.index(n & (slots.shape[0] - 1)), x + pair * 8192 + at, eviction_policy='evict_last')
+    async_copy.commit_group()
+
+
+@gluon.jit
+def fetch_first(x, pair, slots, n):
+    for i in gl.static_range(slots.shape[0] - 1): fetch(x, pair + i, slots, i, i < n)
+
+
+@gluon.jit
+def arrived(on_the_way: gl.constexpr):
+    """All that was fetched but the last pairs is there, and the matrix units see it."""
+    async_copy.wait_group(on_the_way)
+    fence_async_shared()
+    sync()
+
+
+@gluon.jit
+def dot(x, w, acc):
+    acc = mma(x.slice(0, 64), w.slice(0, 64).permute((1, 0)), acc, is_async=True)
+    return mma(x.slice(64, 64), w.slice(64, 64).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def product(x, first, n, slots, ring, turn):
+    """Pairs first to first + n of x, of which fetch_first was called, times the next n weights -> (64, 64) fp32."""
+    SLOTS: gl.constexpr = slots.shape[0]
+    z, done = gl.zeros((64, 64), gl.float32, layout=MMA), 0
+    for i in range(n):
+        arrived(SLOTS - 2)
+        tile, slot, turn = weights(ring, turn)
+        z = mma_wait(2, deps=(dot(slots.index(i & (SLOTS - 1)), tile, z),))     # those of the turn before are done
+        sync()
+        used(ring, done, i > 0)
+        fetch(x, first + i + SLOTS - 1, slots, i + SLOTS - 1, i + SLOTS - 1 < n)
+        done = slot
+    z = mma_wait(0, deps=(z,))
+    sync()
+    used(ring, done, True)
+    return z, turn
+
+
+@gluon.jit
+def wide_product(x, pairs: gl.constexpr, slots, ring, turn, S: gl.constexpr, BIG: gl.constexpr, SMALL: gl.constexpr):
+    """All pairs of x, of which fetch_first was called, times the next weights: 2 S and S columns -> (64, 2 S) and
+    (64, S) fp32. Of every 3 pairs of weights the first and third are 2 S columns, the second the S columns of both."""
+    SLOTS: gl.constexpr = slots.shape[0]
+    EACH: gl.constexpr = 64 // S                                        # pairs of x to 3 of weights
+    z, y = gl.zeros((64, 2 * S), gl.float32, layout=BIG), gl.zeros((64, S), gl.float32, layout=SMALL)
+    slot1, slot2 = 0, 0
+    for i in range(pairs // EACH):
+        for h in gl.static_range(EACH):
+            n = i * EACH + h
+            arrived(SLOTS - 2)
+            pair = slots.index(n & (SLOTS - 1))
+            if h == 0:
+                big, slot, turn = weights(ring, turn)
+                small, next1, turn = weights(ring, turn)
+            if h == EACH // 2: big, next2, turn = weights(ring, turn)
+            for j in gl.static_range(2):
+                part = pair.slice(64 * j, 64)
+                z = mma(part, big.slice((2 * h + j) % EACH * 2 * S, 2 * S).permute((1, 0)), z, is_async=True)
+                y = mma(part, small.slice((2 * h + j) * S, S).permute((1, 0)), y, is_async=True)
+            z, y = mma_wait(4, deps=(z, y))                             # those of the turn before are done
+            sync()
+            if h == 0:
+                used(ring, slot1, i > 0)
+                used(ring, slot2, i > 0)
+            if h == EACH // 2: used(ring, slot, True)
+            fetch(x, n + SLOTS - 1, slots, n + SLOTS - 1, n + SLOTS - 1 < pairs)
+        slot1, slot2 = next1, next2
+    z, y = mma_wait(0, deps=(z, y))
+    sync()
+    used(ring, slot1, True)
+    used(ring, slot2, True)
+    return z, y, turn
+
+
+@gluon.jit
+def rows_at(tile, part, W: gl.constexpr):
+    """Where 16 rows of a tile of 64 columns lie."""
+    row = part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ROWS))[:, None]
+    col = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]
+    return tile * 4096 + col // W * 64 * W + row * W + col % W
+
+
+@gluon.jit
+def sum_of_parts(z, parts, tile, part, count, PARTS: gl.constexpr):
+    """z (64, 64): a part of a tile's sum. Its program waits for the others -> 16 rows of the sum, always in one order."""
+    keep(parts + (tile * PARTS + part) * 4096 + place(0, 64, MMA, 8), z)
+    sync()
+    old = gl.atomic_add(count + tile, 1, sem='acq_rel', scope='gpu')
+    now, all_in = old + 1, old - old % PARTS + PARTS
+    while now - all_in < 0:
+        now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [count + tile], dtype=gl.int32,
+                                        is_pure=False, pack=1)
+    sync()
+    at = parts + tile * (PARTS * 4096) + rows_at(0, part, 8)
+    s = gl.load(at)
+    for i in gl.static_range(1, PARTS): s += gl.load(at + i * 4096)
+    return s
+
+
+@gluon.jit
+def next_input(v, weight, tile, part, x, y, squares):
+    """v, 16 rows and 64 columns of the residual stream -> x; times the weights of its norm -> y; and its sums of
+    squares."""
+    v = v.to(x.dtype.element_ty)
+    keep(x + rows_at(tile, part, 8), v)
+    v = v.to(gl.float32)
+    keep(y + rows_at(tile, part, W), v * weight[None, :])
+    keep(squares + tile * 64 + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ROWS)), gl.sum(v * v, 1))
+
+
+@gluon.jit
+def vector(x, tile):
+    """64 elements for the columns of a tile."""
+    return gl.load(x + tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS)), eviction_policy='evict_last')
+
+
+@gluon.jit
+def add_product(a, pairs: gl.constexpr, unit, weight, x, y, squares, parts, count, slots, ring, turn,
+                PARTS: gl.constexpr):
+    """x += a times weights, for a tile of 64 columns and a part of a's pairs."""
+    LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
+    tile, part = unit // PARTS, unit % PARTS
+    n = gl.minimum(pairs - part * LEN, LEN)
+    fetch_first(a, part * LEN, slots, n)
+    old = gl.load(x + rows_at(tile, part, 8), eviction_policy='evict_last').to(gl.float32)
+    scale = vector(weight, tile)
+    z, turn = product(a, part * LEN, n, slots, ring, turn)
+    next_input(old + sum_of_parts(z, parts, tile, part, count, PARTS), scale, tile, part, x, y, squares)
+    return turn
+
+
+@gluon.jit
+def sums(squares, tiles: gl.constexpr, TILES: gl.constexpr, rows: gl.constexpr, L: gl.constexpr):
+    """Sums of squares of parts of `rows` rows -> (TILES, rows)."""
+    i, j = gl.arange(0, TILES, layout=gl.SliceLayout(1, L)), gl.arange(0, rows, layout=gl.SliceLayout(0, L))
+    return gl.load(squares + i[:, None] * 64 + j[None, :], (i < tiles)[:, None], 0.0, eviction_policy='evict_last')
+
+
+@gluon.jit
+def inverse_rms(sums, n: gl.constexpr, eps: gl.constexpr):
+    """Of rows of n elements, from sums of squares of parts of them (parts, 64) -> (64,)."""
+    return gl.rsqrt(gl.sum(sums, 0) * (1 / n) + eps)
+
+
+@gluon.jit
+def scaled(z, scale, L: gl.constexpr):
+    return z * gl.convert_layout(scale, gl.SliceLayout(1, L))[:, None]
+
+
+@gluon.jit
+def gate(z, S: gl.constexpr, L: gl.constexpr):
+    """Of columns gate, up, gate, up ... -> silu(gate) up (64, S)."""
+    g, u = gl.split(gl.reshape(z, (64, S, 2)))
+    return gl.convert_layout(g * u / (1 + gl.exp(-g)), L)
+
+
+@gluon.jit
+def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M: gl.constexpr, H: gl.constexpr):
+    """Head h, for all M rows. squares: of the 4 quarters of each query and key, before QK-norm."""
+    first = zero()
+    for n in gl.static_range(3): fetch(qkv, n * H + h, slots, first + n, True)
+    q, k = sums(squares + h * 256, 4, 4, 64, SUMS4), sums(squares + (H + h) * 256, 4, 4, 64, SUMS4)
+    rq = gl.convert_layout(inverse_rms(q, 128, eps) * scale, gl.SliceLayout(1, MMA))
+    rk = gl.convert_layout(inverse_rms(k, 128, eps), gl.SliceLayout(0, MMA))
+    seen = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA)) < M
+    arrived(1)
+    s = dot(slots.index(first), slots.index(first + 1), gl.zeros((64, 64), gl.float32, layout=MMA))
+    s = gl.where(seen[None, :], mma_wait(0, deps=(s,)) * rq[:, None] * rk[None, :], -float('inf'))
+    p = gl.exp2(s - gl.max(s, 1)[:, None])
+    l = (1 / gl.sum(p, 1))[:, None]
+    p = gl.convert_layout(p.to(o.dtype.element_ty), gl.DotOperandLayout(0, MMA, 2))
+    arrived(0)
+    for half in gl.static_range(2):
+        y = mma(p, slots.index(first + 2).slice(64 * half, 64), gl.zeros((64, 64), gl.float32, layout=MMA)) * l
+        keep(o + place(128 * h + 64 * half, 64, MMA, W), y)
+    sync()
+
+
+@gluon.jit
+def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
+            M: gl.constexpr, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
+            PARTS: gl.constexpr, NOISY: gl.constexpr, P: gl.constexpr):
+    """table: fp32 constants, in the order of Steps.table; f32, bf16: what the programs tell each other."""
+    D: gl.constexpr = H * 128
+    Y: gl.constexpr = D * 64                                            # in bf16: x, y twice, qkv, att, hid
+    QKV: gl.constexpr = 3 * D * 64
+    ATT: gl.constexpr = 6 * D * 64
+    HID: gl.constexpr = 7 * D * 64
+    SQUARES: gl.constexpr = (1 + PARTS) * D * 64                        # in f32: z, parts, squares of x twice, of heads
+    HEADS: gl.constexpr = SQUARES + 2 * D
+    TURNS: gl.constexpr = 2 * D                                         # in table: bias, self_cond, turns, norms, time
+    norms = TURNS + layers * 32768
+    time = norms + (2 * layers + 1) * D
+    bar, count = counts, counts + 32
+    pid, turn = gl.program_id(0), (0, 0)
+    col = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA))
+    i32, j32 = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA32)), gl.arange(0, 32, layout=gl.SliceLayout(0, MMA32))
+    # the first block of a step has input and sums of squares of its own: they are made while the old are read
+    for unit in range(pid, 2 * H * PARTS, P):
+        tile, part = unit // PARTS, unit % PARTS
+        v = gl.load(f32 + rows_at(tile, part, 8)) + vector(table + time, tile)[None, :]
+        next_input(v, vector(table + norms, tile), tile, part, bf16, bf16 + Y + D * 64, f32 + SQUARES + D)
+    for step in range(n_steps):
+        for layer in range(layers):
+            first, norm = (layer == 0).to(gl.int32) * D, norms + 2 * layer * D
+            everyone(bar, P)
+            for unit in range(pid, 8 * H, P):                           # 32 columns of q or k, 16 of v
+                f, b, t = anew(f32), anew(bf16), anew(table)
+                fetch_first(b + Y + first * 64, 0, slots, H)
+                s = sums(f + SQUARES + first, 2 * H, TILES, 64, SUMS)
+                t += TURNS + (layer * 8 + unit // (4 * H) * 4 + unit % 4) * 4096 + i32[:, None] * 32 + j32[None, :]
+                own, partner = gl.load(t, eviction_policy='evict_last'), gl.load(t + 2048, eviction_policy='evict_last')
+                r = inverse_rms(s, D, eps)
+                q, v, turn = wide_product(b + Y + first * 64, H, slots, ring, turn, 16, MMA32, MMA16)
+                q = scaled(q, r, MMA32)
+                f, b = anew(f32), anew(bf16)
+                keep(f + HEADS + unit * 64 + i32, gl.sum(q * q, 1))
+                q1, q2 = gl.split(gl.reshape(q, (64, 16, 2)))
+                q = q * own + gl.convert_layout(gl.reshape(gl.join(q2, q1), (64, 32)), MMA32) * partner
+                keep(b + QKV + place(32 * unit, 32, MMA32, W), q)
+                keep(b + QKV + place(2 * D + 16 * unit, 16, MMA16, W), scaled(v, r, MMA16))
+            everyone(bar, P)
+            for h in range(pid, H, P):
+                f, b = anew(f32), anew(bf16)
+                attend(b + QKV, b + ATT, f + HEADS, h, slots, scale, eps, M, H)
+            everyone(bar, P)
+            for unit in range(pid, 2 * H * PARTS, P):
+                f, b, t = anew(f32), anew(bf16), anew(table)
+                turn = add_product(b + ATT, H, unit, t + norm + D, b, b + Y, f + SQUARES, f + D * 64, count, slots, ring,
+                                   turn, PARTS)
+            everyone(bar, P)
+            for unit in range(pid, GATES, P):
+                f, b = anew(f32), anew(bf16)
+                fetch_first(b + Y, 0, slots, H)
+                r = inverse_rms(sums(f + SQUARES, 2 * H, TILES, 64, SUMS), D, eps)
+                v, u, turn = wide_product(b + Y, H, slots, ring, turn, 32, MMA, MMA32)
+                b = bf16
+                keep(b + HID + place(48 * unit, 32, MMA32, W), gate(scaled(v, r, MMA), 32, MMA32))
+                keep(b + HID + place(48 * unit + 32, 16, MMA16, W), gate(scaled(u, r, MMA32), 16, MMA16))
+            everyone(bar, P)
+            for unit in range(pid, 2 * H * PARTS, P):
+                f, b, t = anew(f32), anew(bf16), anew(table)
+                turn = add_product(b + HID, F // 128, unit, t + norm + 2 * D, b, b + Y, f + SQUARES, f + D * 64, count,
+                                   slots, ring, turn, PARTS)
+        everyone(bar, P)
+        for unit in range(pid, 2 * H * PARTS, P):
+            LEN: gl.constexpr = H // PARTS
+            tile, part = unit // PARTS, unit % PARTS
+            f, b, t = anew(f32), anew(bf16), anew(table)
+            fetch_first(b + Y, part * LEN, slots, LEN)
+            r = inverse_rms(sums(f + SQUARES + part * 16, 2 * H, TILES, 16, FEW), D, eps)
+            at, factors = rows_at(tile, part, 8), t + time + n_steps * D + 3 * step
+            z = gl.load(factors) * gl.load(f + at)
+            if NOISY: z += gl.load(factors + 2) * gl.load(noise + step * D * 64 + at)
+            v, turn = product(b + Y, part * LEN, LEN, slots, ring, turn)
+            z_hat = scaled(sum_of_parts(v, f + D * 64, tile, part, count, PARTS), r, ROWS) + vector(t, tile)[None, :]
+            z += gl.load(factors + 1) * z_hat
+            gl.store(f + at, z)
+            v = z + z_hat * vector(t + D, tile)[None, :]
+            v += vector(t + time + gl.minimum(step + 1, n_steps - 1) * D, tile)[None, :]
+            next_input(v, vector(t + norms, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
+
+
+@gluon.jit
+def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
+                 M: gl.constexpr, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
+                 PARTS: gl.constexpr, NOISY: gl.constexpr, RING: gl.constexpr, SLOTS: gl.constexpr,
+                 FLIGHT: gl.constexpr, P: gl.constexpr):
+    tiles = gl.allocate_shared_memory(w.dtype, [RING, 128, 64], SWIZZLED)
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    slots = gl.allocate_shared_memory(w.dtype, [SLOTS, 128, 64], NARROW)
+    for i in gl.static_range(RING):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+    sync()
+    ring = (tiles, full, free)
+    gl.warp_specialize([
+        (compute, (ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale, eps, M, H, F, GATES, TILES,
+                   PARTS, NOISY, P)),
+        (read_weights, (w, ring, n_steps, layers, H, F, GATES, PARTS, FLIGHT, P))], [1], [40])
+
+
+# ---- packing, launching --------------------------------------------------------------------------------------
+
+
+def units_of(w, parts):
+    """(N, K) -> what units of 64 columns and a part of K read: (units, pairs, 128, 64)."""
+    w = F.pad(w, (0, -w.shape[1] % 128)).unflatten(0, (-1, 64)).unflatten(2, (-1, 2, 64))
+    w = w.permute(0, 2, 3, 1, 4).flatten(2, 3)                          # (N / 64, pairs, 128, 64)
+    return F.pad(w, (0, 0, 0, 0, 0, -w.shape[1] % parts)).unflatten(1, (parts, -1)).flatten(0, 1)
+
+
+def wide_units(big, small):
+    """(units, 2 S, K), (units, S, K) -> what units of 3 S columns read: (units, pairs, 128, 64)."""
+    S = small.shape[1]
+    tiles = lambda w: w.unflatten(2, (-1, 128 // S, 64)).permute(0, 2, 3, 1, 4).flatten(2, 3)   # (units, K 2^n, rows, 64)
+    return torch.cat([tiles(big).unflatten(2, (2, 128)), tiles(small)[:, :, None]], 2)[:, :, [0, 2, 1]].flatten(1, 2)
+
+
+def pack(products):
+    """(units, pairs, 128, 64) each -> (T * 128, 64): the first pairs of all units, then the second ..., by product."""
+    return torch.cat([units.transpose(0, 1).flatten(0, 2) for units in products])
+
+
+def pays(cfg, device):
+    """Whether `Steps` can be used for a LatentConfig on this device and is known to be faster than kernel after kernel."""
+    c, F_ = cfg, -(-cfg.n_ff // 128)
+    return (torch.cuda.get_device_capability(device)[0] == 9 and not c.dit_adaln and not c.prefix_len
+            and c.latent_dim == c.n_embd and c.n_embd == c.n_head * HD and c.n_embd % (PARTS * HD) == 0
+            and c.n_latents <= 64 and F_ > -(-F_ // PARTS) * (PARTS - 1))
+
+
+class Steps:
+    """All steps of sampling with a LatentModel in bf16 for which `pays` holds. steps: of each, what
+    LatentModel.modulations makes of its time, and a, b, c: z = a z + b z_hat + c noise."""
+
+    def __init__(self, m, steps, self_cond):
+        c, device = m.cfg, m.head.weight.device
+        self.M, D, self.H, self.layers, self.eps = c.n_latents, c.n_embd, c.n_head, c.n_layer, c.norm_eps
+        self.P = torch.cuda.get_device_properties(device).multi_processor_count
+        cos, sin = (x[0].float() for x in m._rot('latents', 1))         # (M, HD / 2)
+        products, turns, norms = [], [], []
+        for block in m.dit:
+            a, n = block.attn, self.H
+            qk, v = a.qkv_proj.weight.split([2 * D, D])                 # partners of a rotation become neighbours
+            qk = qk.unflatten(0, (2 * n, 2, HD // 2)).transpose(1, 2).flatten(0, 2)
+            gate_up = torch.stack(block.mlp.gate_up_proj.weight.chunk(2), 1).flatten(0, 1)      # gate, up, gate, up ...
+            gate_up = F.pad(gate_up, (0, 0, 0, -len(gate_up) % 96)).unflatten(0, (-1, 96))
+            products += [wide_units(qk.unflatten(0, (-1, 32)), v.unflatten(0, (-1, 16))), units_of(a.o_proj.weight, PARTS),
+                         wide_units(gate_up[:, :64], gate_up[:, 64:]), units_of(block.mlp.down_proj.weight, PARTS)]
+            for w1, w2 in (a.q_norm.weight.float().chunk(2), a.k_norm.weight.float().chunk(2)):
+                own = torch.stack([cos * w1, cos * w2], 2).view(self.M, 4, 32)
+                partner = torch.stack([-sin * w2, sin * w1], 2).view(self.M, 4, 32)
+                turns.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
+            norms += [block.attn_norm.weight, block.mlp_norm.weight]
+        self.packed = pack(products + [units_of(m.dit_out.weight, PARTS)])
+        self.F, self.gates = -(-c.n_ff // 128) * 128, -(-c.n_ff // 48)  # columns of hid that down reads, units of 48
+        modulations, *factors = zip(*steps)
+        self.n_steps, self.noisy = len(steps), any(factors[2])
+        factors = torch.tensor([list(map(float, f)) for f in zip(*factors)], device=device)
+        self.table = torch.cat([x.float().flatten() for x in (
+            m.dit_out.bias, m.dit_self_cond * bool(self_cond), *turns, *norms, m.dit_norm.weight,
+            *(last for _, last in modulations), factors)])
+        zeros = lambda n, dtype: torch.zeros(n, device=device, dtype=dtype)
+        self.f32 = zeros(D * 64 * (1 + PARTS) + 2 * D + 4 * D, torch.float32)   # z, parts, squares of x, of heads
+        self.bf16 = zeros((7 * D + self.F + 128) * 64, self.packed.dtype)       # x, y twice, qkv, att, hid
+        self.counts = zeros(32 + D // 64, torch.int32)                          # of everyone, of parts
+        self.noise = zeros(self.noisy * len(steps) * D * 64, torch.float32).view(-1, D // 8, 64, 8)
+        self.z = self.f32[:D * 64].view(D // 8, 64, 8)
+
+    def _columns(self, x):
+        """(..., M, D) -> (..., D / 8, M, 8)."""
+        return x.unflatten(-1, (-1, 8)).transpose(-2, -3)
+
+    def __call__(self, z, noise=None):
+        """z (1, M, D) fp32 -> z behind all steps. noise: (n_steps, M, D), if it has factors."""
+        self.z[:, :self.M] = self._columns(z[0])
+        if self.noisy: self.noise[:, :, :self.M] = self._columns(noise)
+        steps_kernel[(self.P,)](
+            TensorDescriptor.from_tensor(self.packed, [128, 64], SWIZZLED.value), self.table,
+            self.noise, self.f32, self.bf16, self.counts, self.n_steps, self.layers,
+            HD ** -0.5 * math.log2(math.e), self.eps, self.M, self.H, self.F, self.gates,
+            triton.next_power_of_2(2 * self.H), PARTS, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=WARPS,
+            launch_cooperative_grid=True)
+        return self.z[:, :self.M].transpose(0, 1).flatten(1)[None].clone()
