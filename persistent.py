@@ -147,6 +147,15 @@ def keep(to, x):
 
 
 @gluon.jit
+def keep_wide(to, first, x, N: gl.constexpr, slot):
+    """Columns first to first + N, through shared memory, so that every thread writes 16 bytes."""
+    part = slot.slice(0, 64).slice(0, N, 1)
+    part.store(x.to(to.dtype.element_ty))
+    sync()
+    keep(to + place(first, N, PAIR, W), part.load(PAIR))
+
+
+@gluon.jit
 def fetch(x, pair, slots, n, more):
     """128 columns of x -> two tiles of 64 columns, the n-th to be fetched."""
     i, j = gl.arange(0, 128, layout=gl.SliceLayout(1, PAIR)), gl.arange(0, 64, layout=gl.SliceLayout(0, PAIR))
@@ -305,10 +314,10 @@ def scaled(z, scale, L: gl.constexpr):
 
 
 @gluon.jit
-def gate(z, S: gl.constexpr, L: gl.constexpr):
+def gate(z, S: gl.constexpr):
     """Of columns gate, up, gate, up ... -> silu(gate) up (64, S)."""
     g, u = gl.split(gl.reshape(z, (64, S, 2)))
-    return gl.convert_layout(g * u / (1 + gl.exp(-g)), L)
+    return g * u / (1 + gl.exp(-g))
 
 
 @gluon.jit
@@ -329,7 +338,7 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
     arrived(0)
     for half in gl.static_range(2):
         y = mma(p, slots.index(first + 2).slice(64 * half, 64), gl.zeros((64, 64), gl.float32, layout=MMA)) * l
-        keep(o + place(128 * h + 64 * half, 64, MMA, W), y)
+        keep_wide(o, 128 * h + 64 * half, y, 64, slots.index(first + half))
     sync()
 
 
@@ -374,8 +383,9 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
                 keep(f + HEADS + unit * 64 + i32, gl.sum(q * q, 1))
                 q1, q2 = gl.split(gl.reshape(q, (64, 16, 2)))
                 q = q * own + gl.convert_layout(gl.reshape(gl.join(q2, q1), (64, 32)), MMA32) * partner
-                keep(b + QKV + place(32 * unit, 32, MMA32, W), q)
-                keep(b + QKV + place(2 * D + 16 * unit, 16, MMA16, W), scaled(v, r, MMA16))
+                keep_wide(b + QKV, 32 * unit, q, 32, slots.index(0))
+                keep_wide(b + QKV, 2 * D + 16 * unit, scaled(v, r, MMA16), 16, slots.index(1))
+                sync()
             everyone(bar, P)
             for h in range(pid, H, P):
                 f, b = anew(f32), anew(bf16)
@@ -392,8 +402,9 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
                 r = inverse_rms(sums(f + SQUARES, 2 * H, TILES, 64, SUMS), D, eps)
                 v, u, turn = wide_product(b + Y, H, slots, ring, turn, 32, MMA, MMA32)
                 b = bf16
-                keep(b + HID + place(48 * unit, 32, MMA32, W), gate(scaled(v, r, MMA), 32, MMA32))
-                keep(b + HID + place(48 * unit + 32, 16, MMA16, W), gate(scaled(u, r, MMA32), 16, MMA16))
+                keep_wide(b + HID, 48 * unit, gate(scaled(v, r, MMA), 32), 32, slots.index(0))
+                keep_wide(b + HID, 48 * unit + 32, gate(scaled(u, r, MMA32), 16), 16, slots.index(1))
+                sync()
             everyone(bar, P)
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
@@ -465,7 +476,7 @@ def pays(cfg, device):
     """Whether `Steps` can be used for a LatentConfig on this device and is known to be faster than kernel after kernel."""
     c, F_ = cfg, -(-cfg.n_ff // 128)
     return (torch.cuda.get_device_capability(device)[0] == 9 and not c.dit_adaln and not c.prefix_len
-            and c.latent_dim == c.n_embd and c.n_embd == c.n_head * HD and c.n_embd % (PARTS * HD) == 0
+            and c.latent_dim == c.n_embd and c.n_embd == c.n_head * HD and c.n_embd >= 1024 and c.n_embd % (PARTS * HD) == 0
             and c.n_latents <= 64 and F_ > -(-F_ // PARTS) * (PARTS - 1))
 
 
@@ -521,4 +532,4 @@ class Steps:
             HD ** -0.5 * math.log2(math.e), self.eps, self.M, self.H, self.F, self.gates,
             triton.next_power_of_2(2 * self.H), PARTS, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=WARPS,
             launch_cooperative_grid=True)
-        return self.z[:, :self.M].transpose(0, 1).flatten(1)[None].clone()
+        return self.z[:, :self.M].transpose(0, 1).flatten(1)[None]
