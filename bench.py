@@ -816,8 +816,8 @@ def latent_sampler(o, way, B, n_steps, mode):
 
 
 def run_ldlm(c):
-    """All batches and numbers of steps at the first number of tokens, fewer beyond and with adaLN; compiled ways for
-    the first batch. Yields as run_kernels does."""
+    """All batches and numbers of steps at the first number of tokens, fewer beyond and with adaLN; compiled ways and
+    kernels for the first batch. Yields as run_kernels does."""
     on_gpu, numbers = c.device == 'cuda', lambda text: list(map(int, text.split(',')))
     roof = rooflines(on_gpu)
     rows = [dict(shape='roof', way='copy', gb_per_s=roof['bytes'] / 1e9, teraflops=roof['FLOP'] / 1e12)]
@@ -833,7 +833,7 @@ def run_ldlm(c):
                 plain = first and B == numbers(c.batches)[0]
                 if adaln and not plain or not first and n_steps != numbers(c.n_steps)[0]: continue
                 for way in c.ways.split(','):
-                    if way == 'eager' and not first or way.startswith('compiled') and not plain: continue
+                    if way == 'eager' and not first or way not in ('eager', 'graph') and not plain: continue
                     rows.append(dict(shape=shape, way=way, tokens=tokens, batch=B, steps=n_steps))
                     try: rows[-1] |= time_latents(o, way, B, n_steps, roof, c.mode, compared=first)
                     except (Exception, SystemExit) as e: rows[-1]['error'] = error_line(e)
@@ -909,8 +909,9 @@ if __name__ == '__main__':
     latents = '64,128,256'          # tokens of a chunk, a latent for each
     batches = '1,4,16,64'           # the first with all ways
     n_steps = '10,4'                # of the denoiser
-    ways = 'graph,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; compiled: it, and torch.compile fuses
-                                    # the references of our kernels; compiled_kernels: with the kernels themselves
+    ways = 'graph,kernels,eager,compiled'   # eager: the plain loop; graph: ldlm.Sampler; kernels: it without
+                                    # persistent.py; compiled: torch.compile fuses the references of these kernels
+                                    # there; compiled_kernels: the kernels themselves
     mode = 'default'                # of torch.compile, or max-autotune-no-cudagraphs
     seed = 0
     device = ''                     # cuda or cpu; default: cuda when there is one

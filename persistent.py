@@ -1,22 +1,22 @@
-"""The steps of latent sampling for one text as one persistent kernel. A Hopper GPU; written in Gluon.
+"""All steps of latent sampling for a single text as one kernel. For Hopper GPUs, in Gluon, Triton's lower level.
 
-For a batch of one the sampler reads all weights of the denoiser in every step, for 64 rows: the memory bus is the limit,
-and it idles at the start of each of a block's eight kernels. Here one program per multiprocessor stays for all steps; a
-barrier in memory stands where a kernel would end, and weights keep coming over it. Plain Triton cannot do that: its
-loads begin with the loop that uses them.
+For a batch of one the sampler reads all weights of the denoiser in every step, for 64 rows at most: the memory bus is
+the limit, and it idles at the beginning of each of a block's eight kernels. Here one program per multiprocessor stays
+for all steps; a barrier in memory stands where a kernel would end, and weights keep coming over it. (Plain Triton's
+loads begin with the loop that uses them.)
 
-    weights      cut into tiles of 64 x 64 or less, in the order of use. A warp of its own reads a program's share through
-                 a ring in shared memory, 16 KB at a time. In memory the first 16 KB of all programs come first, then
-                 the second ...: what is read at one time lies together
-    activations  8 columns of 64 rows after 8 columns of 64 rows, so that what a warp's matrix units hold is written as
-                 whole lines; 16 KB at a time, three ahead, from the L2 cache, where they are asked to stay
-    products     48 columns per program of q, k and v, 96 of gate and up, 64 of o, down and out, which are also cut into
-                 4 parts of their inputs: the program that is last with a tile of 64 columns adds up its parts, always in
-                 the same order, and does what comes next with them. So the same bits come out every time
-    norms        the weights of an RMSNorm go into its input, what it divides by into the result of the next product
+    weights      in tiles of 64 inputs, 16 KB at a time: a warp of its own reads a program's share through a ring in
+                 shared memory. In memory the first 16 KB of all programs come first, then the second ...: what is read
+                 at one time lies together. No more than 32 KB per program are on the way, and 16 while it waits for
+                 others: a full queue would hold up all else
+    activations  from the L2 cache, where they are asked to stay: 128 columns at a time, three such pairs of tiles ahead
+    products     a program has 48 columns of q, k and v, 96 of gate and up, or a quarter of the inputs for 64 of o, down
+                 and out. The four programs of such a tile wait for each other, then each adds up a quarter of its rows
+                 and does what comes next with them. No atomic additions: the same bits come out every time
+    norms        the weights of an RMSNorm go into the input of a product, what it divides by into the result
     attention    a head per program; QK-norm is applied to the scores
 
-LOG.md tells what was tried and how long each part takes.
+LOG.md tells what was tried, and how long each part takes.
 """
 import math
 
@@ -33,24 +33,29 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 sync = getattr(gl, 'barrier', None) or gl.thread_barrier                # names of Triton 3.9, of 3.6
 load_tile = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
 load_async = getattr(async_copy, 'async_load', None) or async_copy.async_copy_global_to_shared
-SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))            # of weights
-NARROW = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))               # of activations
-WARPS = 4
-PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0]))
-SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0]))
-FEW = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0]))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))      # (16, 64), a part of a tile's rows
-SUMS4 = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, WARPS], [1, 0]))
-MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16]))  # (64, 64) of a product
-MMA32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 128 // WARPS, 16]))
-MMA16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64 // WARPS, 16]))
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))               # of weights in shared memory
+NARROW = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))                  # of activations: as in memory, 16 columns
+PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # ... and each thread copies 16 bytes
+QUARTER = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))       # a quarter of a tile's rows (16, 64)
+SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))          # (tiles, 64), (4, 64), (tiles, 16)
+SUMS_OF_HEAD = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0]))
+SUMS_OF_QUARTER = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))     # (64, 64) of a product
+MMA32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+MMA16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 HD, PARTS, RING, SLOTS, FLIGHT = 128, 4, 10, 4, 2
-W = gl.constexpr(16)                                                # columns of activations that lie together
 
 
 @gluon.jit
-def everyone(bar, P: gl.constexpr):
+def ask_for_quiet(quiet, yes: gl.constexpr):
+    """While this program waits for others, weights come to it one pair at a time: a full queue holds up all else."""
+    quiet.store(gl.full([1], yes, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+
+
+@gluon.jit
+def everyone(bar, quiet, P: gl.constexpr):
     """All programs are here, and see what the others wrote. Program 0 adds what makes the sum 2^31: the sign flips."""
+    ask_for_quiet(quiet, 1)
     sync()
     step = gl.where(gl.program_id(0) == 0, 2147483649 - P, 1).to(gl.int32)
     old = gl.atomic_add(bar, step, sem='acq_rel', scope='gpu')
@@ -59,17 +64,21 @@ def everyone(bar, P: gl.constexpr):
         now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [bar], dtype=gl.int32,
                                         is_pure=False, pack=1)
     sync()
+    ask_for_quiet(quiet, 0)
 
 
 @gluon.jit
 def zero():
-    """0, but no compiler knows it. Addresses made with it are made where they are used, not before all loops, in
-    registers that others need."""
-    return gl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+    """0, but no compiler knows it."""
+    return gl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [gl.to_tensor(0)], dtype=gl.int32, is_pure=False,
+                                     pack=1)
 
 
 @gluon.jit
-def anew(pointer): return pointer + zero() * 16
+def anew(pointer):
+    """The same pointer. Addresses that are made of it are made here, not before all loops, in registers that others
+    need: what does not fit into registers costs a fifth of the time."""
+    return pointer + zero() * 16
 
 
 # ---- weights -------------------------------------------------------------------------------------------------
@@ -79,7 +88,7 @@ def anew(pointer): return pointer + zero() * 16
 def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.constexpr, ring, n, FLIGHT: gl.constexpr,
                  P: gl.constexpr):
     """This program's pairs of tiles of a product's weights, through the ring; n: how many were read before."""
-    tiles, full, free = ring
+    tiles, full, free, quiet = ring
     RING: gl.constexpr = tiles.shape[0]
     LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
     for unit in range(gl.program_id(0), units, P):
@@ -87,6 +96,8 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
             slot, late = n % RING, n - FLIGHT
             mbarrier.wait(full.index(late % RING), late // RING & 1, pred=late >= 0)
             mbarrier.wait(free.index(slot), n // RING & 1 ^ 1, pred=n >= RING)
+            alone = gl.max(quiet.load(gl.BlockedLayout([1], [32], [1], [0])), 0) > 0
+            mbarrier.wait(full.index((n + RING - 1) % RING), (n - 1) // RING & 1, pred=alone & (n >= 1))
             mbarrier.expect(full.index(slot), 16384)
             load_tile(w, [(first + k * units + unit) * 128, 0], full.index(slot), tiles.index(slot))
             n += 1
@@ -94,21 +105,21 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
 
 
 @gluon.jit
-def read_weights(w, ring, n_steps, layers, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, PARTS: gl.constexpr,
-                 FLIGHT: gl.constexpr, P: gl.constexpr):
+def read_weights(w, ring, n_steps, layers, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
+                 PARTS: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
     """All that this program's `compute` will use, in that order. At most FLIGHT pairs of tiles are on the way: more
     would come sooner, but all else would queue behind them."""
     O: gl.constexpr = 8 * H * (3 * H // 4)
     G: gl.constexpr = O + 2 * H * H
     D: gl.constexpr = G + GATES * (3 * H // 2)
-    ALL: gl.constexpr = D + 2 * H * PARTS * ((F // 128 + PARTS - 1) // PARTS)
+    ALL: gl.constexpr = D + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
     n = 0
     for _ in range(n_steps):
         for layer in range(layers):
             n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, P)
             n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
             n = read_product(w, layer * ALL + G, GATES, 3 * H // 2, 1, ring, n, FLIGHT, P)
-            n = read_product(w, layer * ALL + D, 2 * H * PARTS, F // 128, PARTS, ring, n, FLIGHT, P)
+            n = read_product(w, layer * ALL + D, 2 * H * PARTS, N_FF // 128, PARTS, ring, n, FLIGHT, P)
         n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
 
 
@@ -116,7 +127,7 @@ def read_weights(w, ring, n_steps, layers, H: gl.constexpr, F: gl.constexpr, GAT
 def weights(ring, turn):
     """The pair of tiles whose turn it is, when it is there, its slot, and the turn of the next; a turn is (slot, parity
     of the round)."""
-    tiles, full, free = ring
+    tiles, full, free, quiet = ring
     slot, parity = turn
     mbarrier.wait(full.index(slot), parity)
     last = slot + 1 == tiles.shape[0]
@@ -136,9 +147,7 @@ def used(ring, slot, pred):
 def place(first, N: gl.constexpr, L: gl.constexpr, W: gl.constexpr):
     """Where columns first to first + N of 64 rows lie, in layout L: W columns of all rows, the next W columns ..."""
     row, col = gl.arange(0, 64, layout=gl.SliceLayout(1, L)), gl.arange(0, N, layout=gl.SliceLayout(0, L))
-    if W > 16: col += first
-    at = (row * W)[:, None] + (col // W * 64 * W + col % W)[None, :]
-    return at + first * 64 if W <= 16 else at
+    return first * 64 + (row * W)[:, None] + (col // W * 64 * W + col % W)[None, :]
 
 
 @gluon.jit
@@ -148,18 +157,18 @@ def keep(to, x):
 
 @gluon.jit
 def keep_wide(to, first, x, N: gl.constexpr, slot):
-    """Columns first to first + N, through shared memory, so that every thread writes 16 bytes."""
+    """Columns first to first + N of activations: through shared memory, so that each thread writes 16 bytes."""
     part = slot.slice(0, 64).slice(0, N, 1)
     part.store(x.to(to.dtype.element_ty))
     sync()
-    keep(to + place(first, N, PAIR, W), part.load(PAIR))
+    keep(to + place(first, N, PAIR, 16), part.load(PAIR))
 
 
 @gluon.jit
 def fetch(x, pair, slots, n, more):
     """128 columns of x -> two tiles of 64 columns, the n-th to be fetched."""
     i, j = gl.arange(0, 128, layout=gl.SliceLayout(1, PAIR)), gl.arange(0, 64, layout=gl.SliceLayout(0, PAIR))
-    at = (i // 64 * 4096 + i % 64 * W)[:, None] + (j // W * 64 * W + j % W)[None, :]
+    at = (i // 64 * 4096 + i % 64 * 16)[:, None] + (j // 16 * 1024 + j % 16)[None, :]
     if more: load_async(slots.index(n & (slots.shape[0] - 1)), x + pair * 8192 + at, eviction_policy='evict_last')
     async_copy.commit_group()
 
@@ -240,15 +249,17 @@ def wide_product(x, pairs: gl.constexpr, slots, ring, turn, S: gl.constexpr, BIG
 
 @gluon.jit
 def rows_at(tile, part, W: gl.constexpr):
-    """Where 16 rows of a tile of 64 columns lie."""
-    row = part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ROWS))[:, None]
-    col = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]
+    """Where a quarter of the rows of a tile lies, as `place` has it."""
+    row = part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, QUARTER))[:, None]
+    col = gl.arange(0, 64, layout=gl.SliceLayout(0, QUARTER))[None, :]
     return tile * 4096 + col // W * 64 * W + row * W + col % W
 
 
 @gluon.jit
-def sum_of_parts(z, parts, tile, part, count, PARTS: gl.constexpr):
-    """z (64, 64): a part of a tile's sum. Its program waits for the others -> 16 rows of the sum, always in one order."""
+def sum_of_parts(z, quiet, parts, tile, part, count, PARTS: gl.constexpr):
+    """z (64, 64): a part of a tile's sum. Waits for the other parts -> a quarter of the rows of their sum (16, 64),
+    always in the same order."""
+    ask_for_quiet(quiet, 1)
     keep(parts + (tile * PARTS + part) * 4096 + place(0, 64, MMA, 8), z)
     sync()
     old = gl.atomic_add(count + tile, 1, sem='acq_rel', scope='gpu')
@@ -270,14 +281,14 @@ def next_input(v, weight, tile, part, x, y, squares):
     v = v.to(x.dtype.element_ty)
     keep(x + rows_at(tile, part, 8), v)
     v = v.to(gl.float32)
-    keep(y + rows_at(tile, part, W), v * weight[None, :])
-    keep(squares + tile * 64 + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ROWS)), gl.sum(v * v, 1))
+    keep(y + rows_at(tile, part, 16), v * weight[None, :])
+    keep(squares + tile * 64 + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, QUARTER)), gl.sum(v * v, 1))
 
 
 @gluon.jit
 def vector(x, tile):
     """64 elements for the columns of a tile."""
-    return gl.load(x + tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS)), eviction_policy='evict_last')
+    return gl.load(x + tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, QUARTER)), eviction_policy='evict_last')
 
 
 @gluon.jit
@@ -291,7 +302,7 @@ def add_product(a, pairs: gl.constexpr, unit, weight, x, y, squares, parts, coun
     old = gl.load(x + rows_at(tile, part, 8), eviction_policy='evict_last').to(gl.float32)
     scale = vector(weight, tile)
     z, turn = product(a, part * LEN, n, slots, ring, turn)
-    next_input(old + sum_of_parts(z, parts, tile, part, count, PARTS), scale, tile, part, x, y, squares)
+    next_input(old + sum_of_parts(z, ring[3], parts, tile, part, count, PARTS), scale, tile, part, x, y, squares)
     return turn
 
 
@@ -325,7 +336,7 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
     """Head h, for all M rows. squares: of the 4 quarters of each query and key, before QK-norm."""
     first = zero()
     for n in gl.static_range(3): fetch(qkv, n * H + h, slots, first + n, True)
-    q, k = sums(squares + h * 256, 4, 4, 64, SUMS4), sums(squares + (H + h) * 256, 4, 4, 64, SUMS4)
+    q, k = sums(squares + h * 256, 4, 4, 64, SUMS_OF_HEAD), sums(squares + (H + h) * 256, 4, 4, 64, SUMS_OF_HEAD)
     rq = gl.convert_layout(inverse_rms(q, 128, eps) * scale, gl.SliceLayout(1, MMA))
     rk = gl.convert_layout(inverse_rms(k, 128, eps), gl.SliceLayout(0, MMA))
     seen = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA)) < M
@@ -344,7 +355,7 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
 
 @gluon.jit
 def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
-            M: gl.constexpr, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
+            M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
             PARTS: gl.constexpr, NOISY: gl.constexpr, P: gl.constexpr):
     """table: fp32 constants, in the order of Steps.table; f32, bf16: what the programs tell each other."""
     D: gl.constexpr = H * 128
@@ -352,14 +363,14 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
     QKV: gl.constexpr = 3 * D * 64
     ATT: gl.constexpr = 6 * D * 64
     HID: gl.constexpr = 7 * D * 64
-    SQUARES: gl.constexpr = (1 + PARTS) * D * 64                        # in f32: z, parts, squares of x twice, of heads
+    SHARES: gl.constexpr = D * 64                                       # in f32: z, parts, squares of x twice, of heads
+    SQUARES: gl.constexpr = (1 + PARTS) * D * 64
     HEADS: gl.constexpr = SQUARES + 2 * D
-    TURNS: gl.constexpr = 2 * D                                         # in table: bias, self_cond, turns, norms, time
+    TURNS: gl.constexpr = 2 * D                                         # in table: bias, self_cond, turns, norms ...
     norms = TURNS + layers * 32768
     time = norms + (2 * layers + 1) * D
     bar, count = counts, counts + 32
     pid, turn = gl.program_id(0), (0, 0)
-    col = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA))
     i32, j32 = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA32)), gl.arange(0, 32, layout=gl.SliceLayout(0, MMA32))
     # the first block of a step has input and sums of squares of its own: they are made while the old are read
     for unit in range(pid, 2 * H * PARTS, P):
@@ -369,7 +380,7 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
     for step in range(n_steps):
         for layer in range(layers):
             first, norm = (layer == 0).to(gl.int32) * D, norms + 2 * layer * D
-            everyone(bar, P)
+            everyone(bar, ring[3], P)
             for unit in range(pid, 8 * H, P):                           # 32 columns of q or k, 16 of v
                 f, b, t = anew(f32), anew(bf16), anew(table)
                 fetch_first(b + Y + first * 64, 0, slots, H)
@@ -386,42 +397,42 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
                 keep_wide(b + QKV, 32 * unit, q, 32, slots.index(0))
                 keep_wide(b + QKV, 2 * D + 16 * unit, scaled(v, r, MMA16), 16, slots.index(1))
                 sync()
-            everyone(bar, P)
+            everyone(bar, ring[3], P)
             for h in range(pid, H, P):
                 f, b = anew(f32), anew(bf16)
                 attend(b + QKV, b + ATT, f + HEADS, h, slots, scale, eps, M, H)
-            everyone(bar, P)
+            everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
-                turn = add_product(b + ATT, H, unit, t + norm + D, b, b + Y, f + SQUARES, f + D * 64, count, slots, ring,
-                                   turn, PARTS)
-            everyone(bar, P)
+                turn = add_product(b + ATT, H, unit, t + norm + D, b, b + Y, f + SQUARES, f + SHARES, count, slots,
+                                   ring, turn, PARTS)
+            everyone(bar, ring[3], P)
             for unit in range(pid, GATES, P):
                 f, b = anew(f32), anew(bf16)
                 fetch_first(b + Y, 0, slots, H)
                 r = inverse_rms(sums(f + SQUARES, 2 * H, TILES, 64, SUMS), D, eps)
                 v, u, turn = wide_product(b + Y, H, slots, ring, turn, 32, MMA, MMA32)
-                b = bf16
                 keep_wide(b + HID, 48 * unit, gate(scaled(v, r, MMA), 32), 32, slots.index(0))
                 keep_wide(b + HID, 48 * unit + 32, gate(scaled(u, r, MMA32), 16), 16, slots.index(1))
                 sync()
-            everyone(bar, P)
+            everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
-                turn = add_product(b + HID, F // 128, unit, t + norm + 2 * D, b, b + Y, f + SQUARES, f + D * 64, count,
-                                   slots, ring, turn, PARTS)
-        everyone(bar, P)
+                turn = add_product(b + HID, N_FF // 128, unit, t + norm + 2 * D, b, b + Y, f + SQUARES, f + SHARES,
+                                   count, slots, ring, turn, PARTS)
+        everyone(bar, ring[3], P)
         for unit in range(pid, 2 * H * PARTS, P):
             LEN: gl.constexpr = H // PARTS
             tile, part = unit // PARTS, unit % PARTS
             f, b, t = anew(f32), anew(bf16), anew(table)
             fetch_first(b + Y, part * LEN, slots, LEN)
-            r = inverse_rms(sums(f + SQUARES + part * 16, 2 * H, TILES, 16, FEW), D, eps)
+            r = inverse_rms(sums(f + SQUARES + part * 16, 2 * H, TILES, 16, SUMS_OF_QUARTER), D, eps)
             at, factors = rows_at(tile, part, 8), t + time + n_steps * D + 3 * step
             z = gl.load(factors) * gl.load(f + at)
             if NOISY: z += gl.load(factors + 2) * gl.load(noise + step * D * 64 + at)
             v, turn = product(b + Y, part * LEN, LEN, slots, ring, turn)
-            z_hat = scaled(sum_of_parts(v, f + D * 64, tile, part, count, PARTS), r, ROWS) + vector(t, tile)[None, :]
+            v = sum_of_parts(v, ring[3], f + SHARES, tile, part, count, PARTS)
+            z_hat = scaled(v, r, QUARTER) + vector(t, tile)[None, :]
             z += gl.load(factors + 1) * z_hat
             gl.store(f + at, z)
             v = z + z_hat * vector(t + D, tile)[None, :]
@@ -431,7 +442,7 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
 
 @gluon.jit
 def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
-                 M: gl.constexpr, H: gl.constexpr, F: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
+                 M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
                  PARTS: gl.constexpr, NOISY: gl.constexpr, RING: gl.constexpr, SLOTS: gl.constexpr,
                  FLIGHT: gl.constexpr, P: gl.constexpr):
     tiles = gl.allocate_shared_memory(w.dtype, [RING, 128, 64], SWIZZLED)
@@ -443,11 +454,13 @@ def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.
         mbarrier.init(free.index(i), count=1)
     fence_async_shared()
     sync()
-    ring = (tiles, full, free)
+    quiet = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ask_for_quiet(quiet, 0)
+    ring = (tiles, full, free, quiet)
     gl.warp_specialize([
-        (compute, (ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale, eps, M, H, F, GATES, TILES,
+        (compute, (ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale, eps, M, H, N_FF, GATES, TILES,
                    PARTS, NOISY, P)),
-        (read_weights, (w, ring, n_steps, layers, H, F, GATES, PARTS, FLIGHT, P))], [1], [40])
+        (read_weights, (w, ring, n_steps, layers, H, N_FF, GATES, PARTS, FLIGHT, P))], [1], [40])
 
 
 # ---- packing, launching --------------------------------------------------------------------------------------
@@ -463,8 +476,9 @@ def units_of(w, parts):
 def wide_units(big, small):
     """(units, 2 S, K), (units, S, K) -> what units of 3 S columns read: (units, pairs, 128, 64)."""
     S = small.shape[1]
-    tiles = lambda w: w.unflatten(2, (-1, 128 // S, 64)).permute(0, 2, 3, 1, 4).flatten(2, 3)   # (units, K 2^n, rows, 64)
-    return torch.cat([tiles(big).unflatten(2, (2, 128)), tiles(small)[:, :, None]], 2)[:, :, [0, 2, 1]].flatten(1, 2)
+    tiles = lambda w: w.unflatten(2, (-1, 128 // S, 64)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    first, second = tiles(big).chunk(2, 2)                              # (units, groups, 128, 64)
+    return torch.stack([first, tiles(small), second], 2).flatten(1, 2)
 
 
 def pack(products):
@@ -472,12 +486,24 @@ def pack(products):
     return torch.cat([units.transpose(0, 1).flatten(0, 2) for units in products])
 
 
+def products_of_block(block):
+    """Of a DiTBlock: what the units of its four products read."""
+    attn, mlp = block.attn, block.mlp
+    D = attn.o_proj.weight.shape[0]
+    qk, v = attn.qkv_proj.weight.split([2 * D, D])
+    qk = qk.unflatten(0, (-1, 2, HD // 2)).transpose(1, 2).flatten(0, 2)        # partners of a rotation are neighbours
+    gate_up = torch.stack(mlp.gate_up_proj.weight.chunk(2), 1).flatten(0, 1)    # gate, up, gate, up ...
+    gate_up = F.pad(gate_up, (0, 0, 0, -len(gate_up) % 96)).unflatten(0, (-1, 96))
+    return [wide_units(qk.unflatten(0, (-1, 32)), v.unflatten(0, (-1, 16))), units_of(attn.o_proj.weight, PARTS),
+            wide_units(*gate_up.split([64, 32], 1)), units_of(mlp.down_proj.weight, PARTS)]
+
+
 def pays(cfg, device):
-    """Whether `Steps` can be used for a LatentConfig on this device and is known to be faster than kernel after kernel."""
-    c, F_ = cfg, -(-cfg.n_ff // 128)
+    """Whether `Steps` can do it and is known to be faster than kernel after kernel."""
+    c, pairs = cfg, -(-cfg.n_ff // 128)
     return (torch.cuda.get_device_capability(device)[0] == 9 and not c.dit_adaln and not c.prefix_len
-            and c.latent_dim == c.n_embd and c.n_embd == c.n_head * HD and c.n_embd >= 1024 and c.n_embd % (PARTS * HD) == 0
-            and c.n_latents <= 64 and F_ > -(-F_ // PARTS) * (PARTS - 1))
+            and c.latent_dim == c.n_embd == c.n_head * HD >= 1024 and c.n_embd % (PARTS * HD) == 0
+            and c.n_latents <= 64 and pairs > -(-pairs // PARTS) * (PARTS - 1))
 
 
 class Steps:
@@ -491,20 +517,14 @@ class Steps:
         cos, sin = (x[0].float() for x in m._rot('latents', 1))         # (M, HD / 2)
         products, turns, norms = [], [], []
         for block in m.dit:
-            a, n = block.attn, self.H
-            qk, v = a.qkv_proj.weight.split([2 * D, D])                 # partners of a rotation become neighbours
-            qk = qk.unflatten(0, (2 * n, 2, HD // 2)).transpose(1, 2).flatten(0, 2)
-            gate_up = torch.stack(block.mlp.gate_up_proj.weight.chunk(2), 1).flatten(0, 1)      # gate, up, gate, up ...
-            gate_up = F.pad(gate_up, (0, 0, 0, -len(gate_up) % 96)).unflatten(0, (-1, 96))
-            products += [wide_units(qk.unflatten(0, (-1, 32)), v.unflatten(0, (-1, 16))), units_of(a.o_proj.weight, PARTS),
-                         wide_units(gate_up[:, :64], gate_up[:, 64:]), units_of(block.mlp.down_proj.weight, PARTS)]
-            for w1, w2 in (a.q_norm.weight.float().chunk(2), a.k_norm.weight.float().chunk(2)):
+            products += products_of_block(block)
+            for w1, w2 in (norm.weight.float().chunk(2) for norm in (block.attn.q_norm, block.attn.k_norm)):
                 own = torch.stack([cos * w1, cos * w2], 2).view(self.M, 4, 32)
                 partner = torch.stack([-sin * w2, sin * w1], 2).view(self.M, 4, 32)
                 turns.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
             norms += [block.attn_norm.weight, block.mlp_norm.weight]
         self.packed = pack(products + [units_of(m.dit_out.weight, PARTS)])
-        self.F, self.gates = -(-c.n_ff // 128) * 128, -(-c.n_ff // 48)  # columns of hid that down reads, units of 48
+        self.n_ff, self.gates = -(-c.n_ff // 128) * 128, -(-c.n_ff // 48)  # columns of hid that down reads, units of 48
         modulations, *factors = zip(*steps)
         self.n_steps, self.noisy = len(steps), any(factors[2])
         factors = torch.tensor([list(map(float, f)) for f in zip(*factors)], device=device)
@@ -513,7 +533,7 @@ class Steps:
             *(last for _, last in modulations), factors)])
         zeros = lambda n, dtype: torch.zeros(n, device=device, dtype=dtype)
         self.f32 = zeros(D * 64 * (1 + PARTS) + 2 * D + 4 * D, torch.float32)   # z, parts, squares of x, of heads
-        self.bf16 = zeros((7 * D + self.F + 128) * 64, self.packed.dtype)       # x, y twice, qkv, att, hid
+        self.bf16 = zeros((7 * D + self.n_ff + 128) * 64, self.packed.dtype)       # x, y twice, qkv, att, hid
         self.counts = zeros(32 + D // 64, torch.int32)                          # of everyone, of parts
         self.noise = zeros(self.noisy * len(steps) * D * 64, torch.float32).view(-1, D // 8, 64, 8)
         self.z = self.f32[:D * 64].view(D // 8, 64, 8)
@@ -529,7 +549,7 @@ class Steps:
         steps_kernel[(self.P,)](
             TensorDescriptor.from_tensor(self.packed, [128, 64], SWIZZLED.value), self.table,
             self.noise, self.f32, self.bf16, self.counts, self.n_steps, self.layers,
-            HD ** -0.5 * math.log2(math.e), self.eps, self.M, self.H, self.F, self.gates,
-            triton.next_power_of_2(2 * self.H), PARTS, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=WARPS,
+            HD ** -0.5 * math.log2(math.e), self.eps, self.M, self.H, self.n_ff, self.gates,
+            triton.next_power_of_2(2 * self.H), PARTS, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=4,
             launch_cooperative_grid=True)
         return self.z[:, :self.M].transpose(0, 1).flatten(1)[None]
