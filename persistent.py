@@ -86,7 +86,7 @@ def anew(pointer):
 
 @gluon.jit
 def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.constexpr, ring, n, FLIGHT: gl.constexpr,
-                 P: gl.constexpr):
+                 CALM: gl.constexpr, P: gl.constexpr):
     """This program's pairs of tiles of a product's weights, through the ring; n: how many were read before."""
     tiles, full, free, quiet = ring
     RING: gl.constexpr = tiles.shape[0]
@@ -96,8 +96,9 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
             slot, late = n % RING, n - FLIGHT
             mbarrier.wait(full.index(late % RING), late // RING & 1, pred=late >= 0)
             mbarrier.wait(free.index(slot), n // RING & 1 ^ 1, pred=n >= RING)
-            alone = gl.max(quiet.load(gl.BlockedLayout([1], [32], [1], [0])), 0) > 0
-            mbarrier.wait(full.index((n + RING - 1) % RING), (n - 1) // RING & 1, pred=alone & (n >= 1))
+            if CALM:
+                alone = gl.max(quiet.load(gl.BlockedLayout([1], [32], [1], [0])), 0) > 0
+                mbarrier.wait(full.index((n + RING - 1) % RING), (n - 1) // RING & 1, pred=alone & (n >= 1))
             mbarrier.expect(full.index(slot), 16384)
             load_tile(w, [(first + k * units + unit) * 128, 0], full.index(slot), tiles.index(slot))
             n += 1
@@ -106,21 +107,24 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
 
 @gluon.jit
 def read_weights(w, ring, n_steps, layers, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
-                 PARTS: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
+                 PARTS: gl.constexpr, ADALN: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
     """All that this program's `compute` will use, in that order. At most FLIGHT pairs of tiles are on the way: more
     would come sooner, but all else would queue behind them."""
     O: gl.constexpr = 8 * H * (3 * H // 4)
     G: gl.constexpr = O + 2 * H * H
     D: gl.constexpr = G + GATES * (3 * H // 2)
     ALL: gl.constexpr = D + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
+    CALM: gl.constexpr = H < 32                     # measured: with 16 heads it is 7% faster, with 40 3% slower
     n = 0
     for _ in range(n_steps):
+        if ADALN:
+            n = read_product(w, layers * ALL + 2 * H * H, 2 * H * PARTS, 2 * H, PARTS, ring, n, FLIGHT, CALM, P)
         for layer in range(layers):
-            n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, P)
-            n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
-            n = read_product(w, layer * ALL + G, GATES, 3 * H // 2, 1, ring, n, FLIGHT, P)
-            n = read_product(w, layer * ALL + D, 2 * H * PARTS, N_FF // 128, PARTS, ring, n, FLIGHT, P)
-        n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, P)
+            n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, CALM, P)
+            n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, CALM, P)
+            n = read_product(w, layer * ALL + G, GATES, 3 * H // 2, 1, ring, n, FLIGHT, CALM, P)
+            n = read_product(w, layer * ALL + D, 2 * H * PARTS, N_FF // 128, PARTS, ring, n, FLIGHT, CALM, P)
+        n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, CALM, P)
 
 
 @gluon.jit
@@ -292,17 +296,26 @@ def vector(x, tile):
 
 
 @gluon.jit
-def add_product(a, pairs: gl.constexpr, unit, weight, x, y, squares, parts, count, slots, ring, turn,
-                PARTS: gl.constexpr):
-    """x += a times weights, for a tile of 64 columns and a part of a's pairs."""
+def summed_product(a, pairs: gl.constexpr, unit, shares, count, slots, ring, turn, PARTS: gl.constexpr):
+    """A part of a's pairs times weights, for a tile of 64 columns -> a quarter of the rows of the whole product."""
     LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
     tile, part = unit // PARTS, unit % PARTS
     n = gl.minimum(pairs - part * LEN, LEN)
     fetch_first(a, part * LEN, slots, n)
+    z, turn = product(a, part * LEN, n, slots, ring, turn)
+    return sum_of_parts(z, ring[3], shares, tile, part, count, PARTS), turn
+
+
+@gluon.jit
+def add_product(a, pairs: gl.constexpr, unit, gate, weight, x, y, squares, shares, count, slots, ring, turn,
+                PARTS: gl.constexpr, ADALN: gl.constexpr):
+    """x += gate * (a times weights), for a tile of 64 columns and a part of a's pairs."""
+    tile, part = unit // PARTS, unit % PARTS
     old = gl.load(x + rows_at(tile, part, 8), eviction_policy='evict_last').to(gl.float32)
     scale = vector(weight, tile)
-    z, turn = product(a, part * LEN, n, slots, ring, turn)
-    next_input(old + sum_of_parts(z, ring[3], parts, tile, part, count, PARTS), scale, tile, part, x, y, squares)
+    if ADALN: g = vector(gate, tile)
+    s, turn = summed_product(a, pairs, unit, shares, count, slots, ring, turn, PARTS)
+    next_input(old + (s * g[None, :] if ADALN else s), scale, tile, part, x, y, squares)
     return turn
 
 
@@ -354,48 +367,73 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
 
 
 @gluon.jit
-def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
-            M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
-            PARTS: gl.constexpr, NOISY: gl.constexpr, P: gl.constexpr):
+def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, stride, scale: gl.constexpr,
+            eps: gl.constexpr, M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
+            TILES: gl.constexpr, PARTS: gl.constexpr, ADALN: gl.constexpr, NOISY: gl.constexpr, P: gl.constexpr):
     """table: fp32 constants, in the order of Steps.table; f32, bf16: what the programs tell each other."""
     D: gl.constexpr = H * 128
-    Y: gl.constexpr = D * 64                                            # in bf16: x, y twice, qkv, att, hid
+    Y: gl.constexpr = D * 64                                            # in bf16: x, y twice, qkv, att, hid, inputs
     QKV: gl.constexpr = 3 * D * 64
     ATT: gl.constexpr = 6 * D * 64
     HID: gl.constexpr = 7 * D * 64
+    INPUTS: gl.constexpr = HID + (N_FF + 128) * 64
     SHARES: gl.constexpr = D * 64                                       # in f32: z, parts, squares of x twice, of heads
     SQUARES: gl.constexpr = (1 + PARTS) * D * 64
     HEADS: gl.constexpr = SQUARES + 2 * D
-    TURNS: gl.constexpr = 2 * D                                         # in table: bias, self_cond, turns, norms ...
-    norms = TURNS + layers * 32768
-    time = norms + (2 * layers + 1) * D
+    self_cond = layers * 32768                                          # in table; with adaLN: the bias of dit_in
+    factors = self_cond + D
+    time = factors + 4 * n_steps
+    norms = time + (0 if ADALN else n_steps * D)                        # from here on every `stride`, for each step
+    gates = (2 * layers + 2) * D                                        # from norms; before them the bias of dit_out
+    qkv_bias = gates + 2 * layers * D
+    ff_bias = qkv_bias + 3 * layers * D
     bar, count = counts, counts + 32
     pid, turn = gl.program_id(0), (0, 0)
     i32, j32 = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA32)), gl.arange(0, 32, layout=gl.SliceLayout(0, MMA32))
+    j64, j16 = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA)), gl.arange(0, 16, layout=gl.SliceLayout(0, MMA16))
     # the first block of a step has input and sums of squares of its own: they are made while the old are read
     for unit in range(pid, 2 * H * PARTS, P):
         tile, part = unit // PARTS, unit % PARTS
-        v = gl.load(f32 + rows_at(tile, part, 8)) + vector(table + time, tile)[None, :]
-        next_input(v, vector(table + norms, tile), tile, part, bf16, bf16 + Y + D * 64, f32 + SQUARES + D)
+        v = gl.load(f32 + rows_at(tile, part, 8))
+        if ADALN:
+            keep(bf16 + INPUTS + rows_at(tile, part, 16), v)
+            keep(bf16 + INPUTS + D * 64 + rows_at(tile, part, 16), gl.zeros_like(v))
+        else:
+            v += vector(table + time, tile)[None, :]
+            next_input(v, vector(table + norms, tile), tile, part, bf16, bf16 + Y + D * 64, f32 + SQUARES + D)
     for step in range(n_steps):
+        now, after = norms + step * stride, norms + gl.minimum(step + 1, n_steps - 1) * stride
+        if ADALN:
+            everyone(bar, ring[3], P)
+            for unit in range(pid, 2 * H * PARTS, P):
+                f, b, t = anew(f32), anew(bf16), anew(table)
+                tile, part = unit // PARTS, unit % PARTS
+                weight, v = vector(t + now, tile), vector(t + self_cond, tile)
+                s, turn = summed_product(b + INPUTS, 2 * H, unit, f + SHARES, count, slots, ring, turn, PARTS)
+                next_input(s + v[None, :], weight, tile, part, b, b + Y + D * 64, f + SQUARES + D)
         for layer in range(layers):
-            first, norm = (layer == 0).to(gl.int32) * D, norms + 2 * layer * D
+            first, norm = (layer == 0).to(gl.int32) * D, now + 2 * layer * D
             everyone(bar, ring[3], P)
             for unit in range(pid, 8 * H, P):                           # 32 columns of q or k, 16 of v
                 f, b, t = anew(f32), anew(bf16), anew(table)
                 fetch_first(b + Y + first * 64, 0, slots, H)
                 s = sums(f + SQUARES + first, 2 * H, TILES, 64, SUMS)
-                t += TURNS + (layer * 8 + unit // (4 * H) * 4 + unit % 4) * 4096 + i32[:, None] * 32 + j32[None, :]
-                own, partner = gl.load(t, eviction_policy='evict_last'), gl.load(t + 2048, eviction_policy='evict_last')
+                turns = t + (layer * 8 + unit // (4 * H) * 4 + unit % 4) * 4096 + i32[:, None] * 32 + j32[None, :]
+                own = gl.load(turns, eviction_policy='evict_last')
+                partner = gl.load(turns + 2048, eviction_policy='evict_last')
+                if ADALN:
+                    t += now + qkv_bias + layer * 3 * D
+                    q_bias, v_bias = gl.load(t + unit * 32 + j32), gl.load(t + 2 * D + unit * 16 + j16)
                 r = inverse_rms(s, D, eps)
                 q, v, turn = wide_product(b + Y + first * 64, H, slots, ring, turn, 16, MMA32, MMA16)
-                q = scaled(q, r, MMA32)
+                q, v = scaled(q, r, MMA32), scaled(v, r, MMA16)
+                if ADALN: q, v = q + q_bias[None, :], v + v_bias[None, :]
                 f, b = anew(f32), anew(bf16)
                 keep(f + HEADS + unit * 64 + i32, gl.sum(q * q, 1))
                 q1, q2 = gl.split(gl.reshape(q, (64, 16, 2)))
                 q = q * own + gl.convert_layout(gl.reshape(gl.join(q2, q1), (64, 32)), MMA32) * partner
                 keep_wide(b + QKV, 32 * unit, q, 32, slots.index(0))
-                keep_wide(b + QKV, 2 * D + 16 * unit, scaled(v, r, MMA16), 16, slots.index(1))
+                keep_wide(b + QKV, 2 * D + 16 * unit, v, 16, slots.index(1))
                 sync()
             everyone(bar, ring[3], P)
             for h in range(pid, H, P):
@@ -404,47 +442,54 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale
             everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
-                turn = add_product(b + ATT, H, unit, t + norm + D, b, b + Y, f + SQUARES, f + SHARES, count, slots,
-                                   ring, turn, PARTS)
+                turn = add_product(b + ATT, H, unit, t + norm + gates, t + norm + D, b, b + Y, f + SQUARES, f + SHARES,
+                                   count, slots, ring, turn, PARTS, ADALN)
             everyone(bar, ring[3], P)
-            for unit in range(pid, GATES, P):
+            for unit in range(pid, GATES, P):                           # 48 columns of gate, 48 of up
                 f, b = anew(f32), anew(bf16)
                 fetch_first(b + Y, 0, slots, H)
-                r = inverse_rms(sums(f + SQUARES, 2 * H, TILES, 64, SUMS), D, eps)
+                s = sums(f + SQUARES, 2 * H, TILES, 64, SUMS)
+                if ADALN:
+                    t = anew(table) + now + ff_bias + (layer * GATES + unit) * 96
+                    v_bias, u_bias = gl.load(t + j64), gl.load(t + 64 + j32)
+                r = inverse_rms(s, D, eps)
                 v, u, turn = wide_product(b + Y, H, slots, ring, turn, 32, MMA, MMA32)
-                keep_wide(b + HID, 48 * unit, gate(scaled(v, r, MMA), 32), 32, slots.index(0))
-                keep_wide(b + HID, 48 * unit + 32, gate(scaled(u, r, MMA32), 16), 16, slots.index(1))
+                v, u = scaled(v, r, MMA), scaled(u, r, MMA32)
+                if ADALN: v, u = v + v_bias[None, :], u + u_bias[None, :]
+                keep_wide(b + HID, 48 * unit, gate(v, 32), 32, slots.index(0))
+                keep_wide(b + HID, 48 * unit + 32, gate(u, 16), 16, slots.index(1))
                 sync()
             everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
-                turn = add_product(b + HID, N_FF // 128, unit, t + norm + 2 * D, b, b + Y, f + SQUARES, f + SHARES,
-                                   count, slots, ring, turn, PARTS)
+                turn = add_product(b + HID, N_FF // 128, unit, t + norm + gates + D, t + norm + 2 * D, b, b + Y,
+                                   f + SQUARES, f + SHARES, count, slots, ring, turn, PARTS, ADALN)
         everyone(bar, ring[3], P)
         for unit in range(pid, 2 * H * PARTS, P):
-            LEN: gl.constexpr = H // PARTS
-            tile, part = unit // PARTS, unit % PARTS
             f, b, t = anew(f32), anew(bf16), anew(table)
-            fetch_first(b + Y, part * LEN, slots, LEN)
+            tile, part = unit // PARTS, unit % PARTS
             r = inverse_rms(sums(f + SQUARES + part * 16, 2 * H, TILES, 16, SUMS_OF_QUARTER), D, eps)
-            at, factors = rows_at(tile, part, 8), t + time + n_steps * D + 3 * step
-            z = gl.load(factors) * gl.load(f + at)
-            if NOISY: z += gl.load(factors + 2) * gl.load(noise + step * D * 64 + at)
-            v, turn = product(b + Y, part * LEN, LEN, slots, ring, turn)
-            v = sum_of_parts(v, ring[3], f + SHARES, tile, part, count, PARTS)
-            z_hat = scaled(v, r, QUARTER) + vector(t, tile)[None, :]
-            z += gl.load(factors + 1) * z_hat
+            at, mine = rows_at(tile, part, 8), t + factors + 4 * step
+            z = gl.load(mine) * gl.load(f + at)
+            if NOISY: z += gl.load(mine + 2) * gl.load(noise + step * D * 64 + at)
+            v, turn = summed_product(b + Y, H, unit, f + SHARES, count, slots, ring, turn, PARTS)
+            z_hat = scaled(v, r, QUARTER) + vector(t + now + gates - D, tile)[None, :]
+            z += gl.load(mine + 1) * z_hat
             gl.store(f + at, z)
-            v = z + z_hat * vector(t + D, tile)[None, :]
-            v += vector(t + time + gl.minimum(step + 1, n_steps - 1) * D, tile)[None, :]
-            next_input(v, vector(t + norms, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
+            if ADALN:
+                keep(b + INPUTS + rows_at(tile, part, 16), z)
+                keep(b + INPUTS + D * 64 + rows_at(tile, part, 16), z_hat * gl.load(mine + 3))
+            else:
+                v = z + z_hat * vector(t + self_cond, tile)[None, :]
+                v += vector(t + time + gl.minimum(step + 1, n_steps - 1) * D, tile)[None, :]
+                next_input(v, vector(t + after, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
 
 
 @gluon.jit
-def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.constexpr, eps: gl.constexpr,
+def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, stride, scale: gl.constexpr, eps: gl.constexpr,
                  M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr, TILES: gl.constexpr,
-                 PARTS: gl.constexpr, NOISY: gl.constexpr, RING: gl.constexpr, SLOTS: gl.constexpr,
-                 FLIGHT: gl.constexpr, P: gl.constexpr):
+                 PARTS: gl.constexpr, ADALN: gl.constexpr, NOISY: gl.constexpr, RING: gl.constexpr,
+                 SLOTS: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
     tiles = gl.allocate_shared_memory(w.dtype, [RING, 128, 64], SWIZZLED)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -458,9 +503,9 @@ def steps_kernel(w, table, noise, f32, bf16, counts, n_steps, layers, scale: gl.
     ask_for_quiet(quiet, 0)
     ring = (tiles, full, free, quiet)
     gl.warp_specialize([
-        (compute, (ring, slots, table, noise, f32, bf16, counts, n_steps, layers, scale, eps, M, H, N_FF, GATES, TILES,
-                   PARTS, NOISY, P)),
-        (read_weights, (w, ring, n_steps, layers, H, N_FF, GATES, PARTS, FLIGHT, P))], [1], [40])
+        (compute, (ring, slots, table, noise, f32, bf16, counts, n_steps, layers, stride, scale, eps, M, H, N_FF, GATES,
+                   TILES, PARTS, ADALN, NOISY, P)),
+        (read_weights, (w, ring, n_steps, layers, H, N_FF, GATES, PARTS, ADALN, FLIGHT, P))], [1], [40])
 
 
 # ---- packing, launching --------------------------------------------------------------------------------------
@@ -486,22 +531,27 @@ def pack(products):
     return torch.cat([units.transpose(0, 1).flatten(0, 2) for units in products])
 
 
-def products_of_block(block):
-    """Of a DiTBlock: what the units of its four products read."""
+def rows_of_block(block):
+    """The matrices of a DiTBlock with outputs in the kernel's order: q and k, v, o, gate and up, down."""
     attn, mlp = block.attn, block.mlp
     D = attn.o_proj.weight.shape[0]
     qk, v = attn.qkv_proj.weight.split([2 * D, D])
     qk = qk.unflatten(0, (-1, 2, HD // 2)).transpose(1, 2).flatten(0, 2)        # partners of a rotation are neighbours
     gate_up = torch.stack(mlp.gate_up_proj.weight.chunk(2), 1).flatten(0, 1)    # gate, up, gate, up ...
-    gate_up = F.pad(gate_up, (0, 0, 0, -len(gate_up) % 96)).unflatten(0, (-1, 96))
-    return [wide_units(qk.unflatten(0, (-1, 32)), v.unflatten(0, (-1, 16))), units_of(attn.o_proj.weight, PARTS),
-            wide_units(*gate_up.split([64, 32], 1)), units_of(mlp.down_proj.weight, PARTS)]
+    return qk, v, attn.o_proj.weight, F.pad(gate_up, (0, 0, 0, -len(gate_up) % 96)), mlp.down_proj.weight
+
+
+def products_of_block(block):
+    """What the units of a DiTBlock's four products read."""
+    qk, v, o, gate_up, down = rows_of_block(block)
+    return [wide_units(qk.unflatten(0, (-1, 32)), v.unflatten(0, (-1, 16))), units_of(o, PARTS),
+            wide_units(*gate_up.unflatten(0, (-1, 96)).split([64, 32], 1)), units_of(down, PARTS)]
 
 
 def pays(cfg, device):
     """Whether `Steps` can do it and is known to be faster than kernel after kernel."""
     c, pairs = cfg, -(-cfg.n_ff // 128)
-    return (torch.cuda.get_device_capability(device)[0] == 9 and not c.dit_adaln and not c.prefix_len
+    return (torch.cuda.get_device_capability(device)[0] == 9 and not c.prefix_len
             and c.latent_dim == c.n_embd == c.n_head * HD >= 1024 and c.n_embd % (PARTS * HD) == 0
             and c.n_latents <= 64 and pairs > -(-pairs // PARTS) * (PARTS - 1))
 
@@ -515,28 +565,47 @@ class Steps:
         self.M, D, self.H, self.layers, self.eps = c.n_latents, c.n_embd, c.n_head, c.n_layer, c.norm_eps
         self.P = torch.cuda.get_device_properties(device).multi_processor_count
         cos, sin = (x[0].float() for x in m._rot('latents', 1))         # (M, HD / 2)
-        products, turns, norms = [], [], []
+        products, turns = [], []
         for block in m.dit:
             products += products_of_block(block)
             for w1, w2 in (norm.weight.float().chunk(2) for norm in (block.attn.q_norm, block.attn.k_norm)):
                 own = torch.stack([cos * w1, cos * w2], 2).view(self.M, 4, 32)
                 partner = torch.stack([-sin * w2, sin * w1], 2).view(self.M, 4, 32)
                 turns.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
-            norms += [block.attn_norm.weight, block.mlp_norm.weight]
-        self.packed = pack(products + [units_of(m.dit_out.weight, PARTS)])
+        products += [units_of(w, PARTS) for w in (m.dit_out.weight, *([m.dit_in.weight] if c.dit_adaln else []))]
+        self.packed = pack(products)
         self.n_ff, self.gates = -(-c.n_ff // 128) * 128, -(-c.n_ff // 48)  # columns of hid that down reads, units of 48
         modulations, *factors = zip(*steps)
-        self.n_steps, self.noisy = len(steps), any(factors[2])
-        factors = torch.tensor([list(map(float, f)) for f in zip(*factors)], device=device)
-        self.table = torch.cat([x.float().flatten() for x in (
-            m.dit_out.bias, m.dit_self_cond * bool(self_cond), *turns, *norms, m.dit_norm.weight,
-            *(last for _, last in modulations), factors)])
+        self.n_steps, self.adaln, self.noisy = len(steps), c.dit_adaln, any(factors[2])
+        factors = torch.tensor([[*map(float, f), float(self_cond)] for f in zip(*factors)], device=device)
+        if c.dit_adaln: start, each = [m.dit_in.bias, factors], self._of_steps(m, modulations)
+        else:
+            start = [m.dit_self_cond * bool(self_cond), factors, *(last for _, last in modulations)]
+            each = torch.cat([*(w for b in m.dit for w in (b.attn_norm.weight, b.mlp_norm.weight)), m.dit_norm.weight,
+                              m.dit_out.bias.float()])
+        self.stride = each.shape[-1] if c.dit_adaln else 0
+        self.table = torch.cat([x.float().flatten() for x in (*turns, *start, each)])
         zeros = lambda n, dtype: torch.zeros(n, device=device, dtype=dtype)
         self.f32 = zeros(D * 64 * (1 + PARTS) + 2 * D + 4 * D, torch.float32)   # z, parts, squares of x, of heads
-        self.bf16 = zeros((7 * D + self.n_ff + 128) * 64, self.packed.dtype)       # x, y twice, qkv, att, hid
+        self.bf16 = zeros((9 * D + self.n_ff + 128) * 64, self.packed.dtype)    # x, y twice, qkv, att, hid, inputs
         self.counts = zeros(32 + D // 64, torch.int32)                          # of everyone, of parts
         self.noise = zeros(self.noisy * len(steps) * D * 64, torch.float32).view(-1, D // 8, 64, 8)
         self.z = self.f32[:D * 64].view(D // 8, 64, 8)
+
+    def _of_steps(self, m, modulations):
+        """With adaLN: of each step, 1 + scale of all norms, the bias of dit_out, gates, and the shifts times the
+        matrices behind them, which are biases then (n_steps, numbers)."""
+        blocks, last = zip(*modulations)
+        scale1, shift1, gate1, scale2, shift2, gate2 = (
+            torch.stack([torch.cat([step[i][k] for step in blocks]) for i in range(self.layers)]).float()
+            for k in range(6))                                          # (layers, n_steps, D)
+        scale, shift = (torch.cat([step[k] for step in last]).float() for k in range(2))
+        by_step = lambda *x: torch.stack(x, 1).flatten(0, 1).transpose(0, 1).flatten(1)     # layer after layer
+        rows = [rows_of_block(block) for block in m.dit]
+        qkv = [x @ torch.cat([qk, v]).float().T for x, (qk, v, *_) in zip(shift1, rows)]
+        ff = [x @ gate_up.float().T for x, (_, _, _, gate_up, _) in zip(shift2, rows)]
+        bias = shift @ m.dit_out.weight.float().T + m.dit_out.bias
+        return torch.cat([by_step(1 + scale1, 1 + scale2), 1 + scale, bias, by_step(gate1, gate2), *qkv, *ff], 1)
 
     def _columns(self, x):
         """(..., M, D) -> (..., D / 8, M, 8)."""
@@ -548,8 +617,8 @@ class Steps:
         if self.noisy: self.noise[:, :, :self.M] = self._columns(noise)
         steps_kernel[(self.P,)](
             TensorDescriptor.from_tensor(self.packed, [128, 64], SWIZZLED.value), self.table,
-            self.noise, self.f32, self.bf16, self.counts, self.n_steps, self.layers,
+            self.noise, self.f32, self.bf16, self.counts, self.n_steps, self.layers, self.stride,
             HD ** -0.5 * math.log2(math.e), self.eps, self.M, self.H, self.n_ff, self.gates,
-            triton.next_power_of_2(2 * self.H), PARTS, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=4,
+            triton.next_power_of_2(2 * self.H), PARTS, self.adaln, self.noisy, RING, SLOTS, FLIGHT, self.P, num_warps=4,
             launch_cooperative_grid=True)
         return self.z[:, :self.M].transpose(0, 1).flatten(1)[None]

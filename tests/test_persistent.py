@@ -77,8 +77,8 @@ def test_packed_weights():
 def test_where_it_is_used(monkeypatch):
     """Only for what it can do; on a CPU it is not even imported."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-    assert P.pays(model().cfg, 'cuda')
-    for other in (dict(n_latents=65), dict(n_embd=1152), dict(n_embd=512, n_ff=1364), dict(dit_adaln=True),
+    assert P.pays(model().cfg, 'cuda') and P.pays(model(dit_adaln=True).cfg, 'cuda')
+    for other in (dict(n_latents=65), dict(n_embd=1152), dict(n_embd=512, n_ff=1364),
                   dict(prefix_len=8, max_seq_len=73), dict(latent_dim=128), dict(n_ff=640)):
         kw = dict(n_latents=64, n_embd=1024, n_ff=2728, dit_adaln=False, max_seq_len=65) | other
         assert not P.pays(LatentConfig(100, 64, n_head=kw['n_embd'] // 128, **kw), 'cuda'), other
@@ -87,14 +87,15 @@ def test_where_it_is_used(monkeypatch):
     assert Sampler(LDLM(Encoder('random:64:100', -1), model()).eval(), 1, 2).all_steps is None
 
 
-def compile_for_hopper(path):
+def compile_for_hopper(path, adaln):
     """-> stack and local memory in bytes, shared memory, the PTX."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
     fn = P.steps_kernel
-    constants = dict(scale=0.1, eps=1e-6, M=64, H=16, N_FF=5504, GATES=114, TILES=32, PARTS=P.PARTS, NOISY=True,
-                     RING=P.RING, SLOTS=P.SLOTS, FLIGHT=P.FLIGHT, P=132)
-    kinds = dict.fromkeys(fn.arg_names, '*fp32') | dict(bf16='*bf16', counts='*i32', n_steps='i32', layers='i32')
+    constants = dict(scale=0.1, eps=1e-6, M=64, H=16, N_FF=5504, GATES=114, TILES=32, PARTS=P.PARTS, ADALN=adaln,
+                     NOISY=True, RING=P.RING, SLOTS=P.SLOTS, FLIGHT=P.FLIGHT, P=132)
+    kinds = dict.fromkeys(fn.arg_names, '*fp32') | dict(bf16='*bf16', counts='*i32')
+    kinds |= dict.fromkeys(('n_steps', 'layers', 'stride'), 'i32')
     kinds |= dict(w=f'tensordesc<bf16[128,64],{P.SWIZZLED.value!r}>') | dict.fromkeys(constants, 'constexpr')
     source = GluonASTSource(
         fn, kinds, {(fn.arg_names.index(k),): v for k, v in constants.items()},
@@ -108,24 +109,25 @@ def compile_for_hopper(path):
 
 @pytest.mark.skipif(K.INTERPRET, reason='needs the real compiler')
 def test_compiles_for_hopper(tmp_path):
-    """At the 35B shape without spills, in the shared memory that there is, with Hopper's matrix units and copies."""
+    """At the 35B shape with few spills or none, in the shared memory that there is, with Hopper's matrix units."""
     done = subprocess.run([sys.executable, __file__, tmp_path / 'cubin'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    stack, local, shared, ptx = json.loads(done.stdout)
-    assert stack <= 64 and local == 0 and 150 << 10 < shared <= 227 << 10
-    for what in ('wgmma.mma_async', 'cp.async.bulk.tensor', 'cp.async.cg'): assert what in ptx, what
-    assert ptx.count('fence.proxy.async') >= 5      # between what cp.async wrote and the matrix units that read it
+    for stack, local, shared, ptx in json.loads(done.stdout):
+        assert stack <= 128 and local == 0 and 150 << 10 < shared <= 227 << 10, (stack, local, shared)
+        for what in ('wgmma.mma_async', 'cp.async.bulk.tensor', 'cp.async.cg'): assert what in ptx, what
+        assert ptx.count('fence.proxy.async') >= 5  # between what cp.async wrote and the matrix units that read it
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason='needs a Hopper GPU')
-@pytest.mark.parametrize('rows, n_embd, n_ff, n_layer, eta', [
-    (64, 2048, 5464, 2, 0.0), (50, 1024, 2728, 4, 1.0), (1, 1536, 3000, 3, 0.5), (64, 2560, 6824, 1, 1.0)])
+@pytest.mark.parametrize('rows, n_embd, n_ff, n_layer, eta, adaln', [
+    (64, 2048, 5464, 2, 0.0, False), (64, 2048, 5464, 2, 1.0, True), (50, 1024, 2728, 4, 1.0, False),
+    (1, 1536, 3000, 3, 0.5, True), (64, 2560, 6824, 1, 1.0, False), (64, 4096, 10920, 1, 0.0, True)])
 @torch.no_grad()
-def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, monkeypatch):
+def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, adaln, monkeypatch):
     """Several steps against the sampler's other kernels, and the same bits each time: eager, captured, replayed, and
     however many weights are on the way."""
-    o = LDLM(Encoder('random:64:100', -1), model(rows, n_embd, n_ff, n_layer, 'cuda')).eval()
+    o = LDLM(Encoder('random:64:100', -1), model(rows, n_embd, n_ff, n_layer, 'cuda', dit_adaln=adaln)).eval()
     one, many = (Sampler(o, 1, 6, eta=eta, persistent=persistent) for persistent in (True, False))
     assert one.all_steps and not many.all_steps
     for seed in (1, 2):
@@ -137,9 +139,9 @@ def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, monkey
         assert all(torch.equal(tokens[0], t) for t in tokens) and (tokens[0] == many(seeds)).float().mean() > 0.8
     seen = []
     assert torch.equal(one(seeds, see=seen.append), many(seeds)) and len(seen) == 6        # a step after the other
-    for flight in (1, 3, 8):
+    for flight in (1, 8) if rows == 50 else ():
         monkeypatch.setattr(P, 'FLIGHT', flight)
         assert torch.equal(one.latents(seeds), got)
 
 
-if __name__ == '__main__': print(json.dumps(compile_for_hopper(sys.argv[1])))
+if __name__ == '__main__': print(json.dumps([compile_for_hopper(sys.argv[1], adaln) for adaln in (False, True)]))
