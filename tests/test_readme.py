@@ -32,6 +32,7 @@ def test_tables_of_results_to_come(monkeypatch):
     results = [dict(way='copy'), dict(shape=way['shape'], way='weights', parameters=1.386e9), way,
                way | dict(way='compiled', ms=3.0, tokens_per_s=21333.0, rel_error=0.5),         # wrong
                way | dict(way='compiled_kernels', ms=2.0, tokens_per_s=32000.0, rel_error=None),        # nan
+               way | dict(way='kernels', ms=5.0, tokens_per_s=12800.0),
                way | dict(way='eager', ms=20.0, tokens_per_s=3200.0),
                dict(shape=way['shape'], way='compiled_kernels', error='x'),
                way | dict(way='eager', batch=64)]                                               # nothing beside it
@@ -44,7 +45,7 @@ def test_tables_of_results_to_come(monkeypatch):
     monkeypatch.setattr(plot, 'load_all', files.get)
     text = plot.render(README + ''.join(
         f'<!-- {name} -->\n<!-- end -->\n' for name in plot.PENDING if f'<!-- {name} -->' not in README))
-    assert '| 10 | 4.00 | 16,000 | 6.0 GB | 50% | 3,200 | 3,238 |  |' in text
+    assert '| 10 | 4.00 | 16,000 | 6.0 GB | 50% | 12,800 | 3,200 | 3,238 |  |' in text
     assert '21,333' not in text and '32,000' not in text
     assert '| A: everything | 1 | 50.0% |' in text and '| 12.3 | 5.00 |' in text and '| - | - |' in text
 
