@@ -14,6 +14,7 @@ A row of data is [separator | prefix | chunk], one chunk of a document per row, 
     python train.py config/ldlm_quickstart.py
 """
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -200,9 +201,9 @@ def add_norm(norm, x, delta):
     return (norm(x), x) if delta is None else norm(delta, x)
 
 
-def add_modulate(x, delta, scale, shift):
+def add_modulate(x, delta, scale, shift, eps):
     """The same for adaLN; delta: a branch and its gate."""
-    return (K.modulate(x, scale, shift), x) if delta is None else K.add_modulate(x, *delta, scale, shift)
+    return (K.modulate(x, scale, shift, eps), x) if delta is None else K.add_modulate(x, *delta, scale, shift, eps)
 
 
 class PerceiverBlock(nn.Module):
@@ -232,7 +233,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.adaln = nn.Linear(cfg.n_embd, 6 * cfg.n_embd) if cfg.dit_adaln else None
         if not cfg.dit_adaln: self.attn_norm, self.mlp_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
-        self.attn, self.mlp = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg)
+        self.attn, self.mlp, self.eps = Attention(cfg, own=True, other=cfg.prefix_len > 0), MLP(cfg), cfg.norm_eps
 
     def forward(self, x, delta, mod, rot, context=None, context_rot=None, mask=None):
         """mod: the six modulations (B or 1, d) that self.adaln makes of the time, or None. delta with them: what is
@@ -242,8 +243,8 @@ class DiTBlock(nn.Module):
             y, x = self.mlp_norm(self.attn(y, rot, context, context_rot, mask), x)
             return x, self.mlp(y)
         scale1, shift1, gate1, scale2, shift2, gate2 = mod
-        y, x = add_modulate(x, delta, scale1, shift1)
-        y, x = K.add_modulate(x, self.attn(y, rot, context, context_rot, mask), gate1, scale2, shift2)
+        y, x = add_modulate(x, delta, scale1, shift1, self.eps)
+        y, x = add_modulate(x, (self.attn(y, rot, context, context_rot, mask), gate1), scale2, shift2, self.eps)
         return x, (self.mlp(y), gate2)
 
 
@@ -426,7 +427,8 @@ class LatentModel(nn.Module):
         delta = None
         for block, mod, other in zip(self.dit, per_block, contexts):
             x, delta = self._run([block], x, delta, mod, rot, other, self._rot('prefix', B) if P else None, mask)
-        x, _ = add_modulate(x, delta, *last) if self.cfg.dit_adaln else add_norm(self.dit_norm, x, delta)
+        if self.cfg.dit_adaln: x, _ = add_modulate(x, delta, *last, self.cfg.norm_eps)
+        else: x, _ = add_norm(self.dit_norm, x, delta)
         return self.dit_out(x).float()
 
     # -- files
@@ -766,7 +768,8 @@ class Sampler:
     decoders and the argmax are one CUDA graph: the first call runs as it is, the second is captured, others replay it.
     temperature: a factor on the initial noise and, with eta, on that of each step; 1 = as trained [S].
     compiled: '' or a mode of torch.compile without CUDA graphs, for a step and for the decoders.
-    persistent: all steps of a single text as one kernel (persistent.py), where that is known to be faster."""
+    persistent: all steps of a single text as one kernel (persistent.py), where it can do that; not if somebody wants
+    to see every step."""
 
     def __init__(self, objective, B, n_steps, eta=0.0, time_grid='adaptive', temperature=1.0, compiled='',
                  persistent=True):
@@ -783,10 +786,16 @@ class Sampler:
             for what in ('latents', 'tokens', 'prefix'): m._rot(what, B)        # not inside of a graph
         wrap = lambda f: torch.compile(f, dynamic=False, mode=compiled) if compiled else f
         self.step, self.decode = wrap(self._step), wrap(lambda z: m.token_states(m.decode(z, self.start)))
-        self.n_calls, self.graph, self.all_steps = 0, None, None
-        if persistent and B == 1 and not compiled and K.use_triton(m.head.weight) and on_gpu:
-            import persistent as P
-            if P.pays(m.cfg, device): self.all_steps = P.Steps(m, self.steps, self.self_cond)
+        self.n_calls, self.graph = 0, None
+        self.persistent = persistent and on_gpu and B == 1 and not compiled and K.use_triton(m.head.weight)
+
+    @functools.cached_property
+    def all_steps(self):
+        """Made when it is needed: it has a copy of the denoiser."""
+        if not self.persistent: return None
+        import persistent as P
+        fits = P.pays(self.m.cfg, self.m.head.weight.device) and len(self.steps) <= 1024        # offsets are of 32 bits
+        return P.Steps(self.m, self.steps, self.self_cond) if fits else None
 
     def _step(self, z, z_hat, mods, a, b, prefix):
         """-> z at the next time (without the noise of eta), z_hat."""
@@ -797,11 +806,12 @@ class Sampler:
     def latents(self, seeds, context=None, seen=None, see=None):
         """seeds (B,) int64 -> z (B, K, latent_dim). see(z_hat) is called after every step."""
         shape = self.m.cfg.n_latents, self.m.cfg.latent_dim
+        in_one = None if see or context is not None else self.all_steps
         with self.autocast:
             z = self.temperature * K.row_noise(seeds, shape)
-            if self.all_steps and not see:
-                noise = range(self.all_steps.noisy * len(self.steps))
-                return self.all_steps(z, torch.cat([K.row_noise(seeds, shape, stream=i + 1) for i in noise] or [z]))
+            if in_one:
+                noise = [K.row_noise(seeds, shape, stream=i + 1) for i in range(in_one.noisy * len(self.steps))]
+                return in_one(z, torch.cat(noise) if noise else None)
             z_hat = torch.zeros_like(z)
             prefix = {} if context is None else dict(context=self.m.prefix_keys(context), seen=seen)
             for i, (*step, c) in enumerate(self.steps):
@@ -821,7 +831,7 @@ class Sampler:
         return K.head_argmax(states.flatten(0, 1), self.m.head.weight).view(states.shape[:2])
 
     def __call__(self, seeds, context=None, seen=None, see=None):
-        inputs, self.n_calls = [seeds, context, seen], self.n_calls + 1
+        inputs, self.n_calls = [seeds, context, seen], self.n_calls + (see is None)
         if see or seeds.device.type != 'cuda' or self.n_calls == 1: return self.tokens(*inputs, see)
         if self.graph is None:
             self.inputs, graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()

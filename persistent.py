@@ -5,16 +5,19 @@ the limit, and it idles at the beginning of each of a block's eight kernels. Her
 for all steps; a barrier in memory stands where a kernel would end, and weights keep coming over it. (Plain Triton's
 loads begin with the loop that uses them.)
 
-    weights      in tiles of 64 inputs, 16 KB at a time: a warp of its own reads a program's share through a ring in
-                 shared memory. In memory the first 16 KB of all programs come first, then the second ...: what is read
-                 at one time lies together. No more than 32 KB per program are on the way, and 16 while it waits for
-                 others: a full queue would hold up all else
-    activations  from the L2 cache, where they are asked to stay: 128 columns at a time, three such pairs of tiles ahead
-    products     a program has 48 columns of q, k and v, 96 of gate and up, or a quarter of the inputs for 64 of o, down
-                 and out. The four programs of such a tile wait for each other, then each adds up a quarter of its rows
-                 and does what comes next with them. No atomic additions: the same bits come out every time
-    norms        the weights of an RMSNorm go into the input of a product, what it divides by into the result
-    attention    a head per program; QK-norm is applied to the scores
+    words        tile: 64 columns of a product; pair: 16 KB, two tiles of 64 inputs of weights or of 64 columns of
+                 activations; unit: what a program computes at a time; part: a quarter of the inputs of a tile
+    weights      a warp of its own reads a program's share through a ring in shared memory, a pair at a time. In memory
+                 the first pairs of all programs come first, then the second ...: what is read at one time lies
+                 together. No more than two pairs per program are on the way, and (below 32 heads) one while it waits
+                 for others: a full queue would hold up all else
+    activations  from the L2 cache, where they are asked to stay, three pairs ahead
+    products     a program has 48 columns of q, k and v, 96 of gate and up, or a part of a tile of o, down, out and,
+                 with adaLN, in. The four programs of such a tile wait for each other, then each adds up a quarter of its
+                 rows and does what comes next with them. No atomic additions: the same bits come out every time
+    norms        the weights of an RMSNorm go into the input of a product, what it divides by into the result; adaLN's
+                 shifts become biases
+    attention    a head per program; what QK-norm divides by goes into the scores, its weights into the rotation
 
 LOG.md tells what was tried, and how long each part takes.
 """
@@ -37,24 +40,26 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))               # of wei
 NARROW = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))                  # of activations: as in memory, 16 columns
 PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # ... and each thread copies 16 bytes
 QUARTER = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0]))       # a quarter of a tile's rows (16, 64)
-SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))          # (tiles, 64), (4, 64), (tiles, 16)
-SUMS_OF_HEAD = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0]))
-SUMS_OF_QUARTER = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))  # (tiles, 64)
+SUMS_OF_HEAD = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0]))          # (4, 64)
+SUMS_OF_QUARTER = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))        # (tiles, 16)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))     # (64, 64) of a product
 MMA32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 MMA16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+# head size, parts; pairs of weights in shared memory, of activations (a power of 2), of weights on the way
 HD, PARTS, RING, SLOTS, FLIGHT = 128, 4, 10, 4, 2
 
 
 @gluon.jit
 def ask_for_quiet(quiet, yes: gl.constexpr):
-    """While this program waits for others, weights come to it one pair at a time: a full queue holds up all else."""
+    """From now on this program's weights come one pair at a time (yes), or FLIGHT."""
     quiet.store(gl.full([1], yes, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
 
 
 @gluon.jit
 def everyone(bar, quiet, P: gl.constexpr):
-    """All programs are here, and see what the others wrote. Program 0 adds what makes the sum 2^31: the sign flips."""
+    """All programs are here, and see what the others wrote. Program 0 adds what makes the sum 2^31: the sign flips,
+    and nothing has to be reset, not even between launches."""
     ask_for_quiet(quiet, 1)
     sync()
     step = gl.where(gl.program_id(0) == 0, 2147483649 - P, 1).to(gl.int32)
@@ -77,7 +82,7 @@ def zero():
 @gluon.jit
 def anew(pointer):
     """The same pointer. Addresses that are made of it are made here, not before all loops, in registers that others
-    need: what does not fit into registers costs a fifth of the time."""
+    need (LOG.md: what spilling costs). Times 16, so that the alignment stays known."""
     return pointer + zero() * 16
 
 
@@ -86,17 +91,17 @@ def anew(pointer):
 
 @gluon.jit
 def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.constexpr, ring, n, FLIGHT: gl.constexpr,
-                 CALM: gl.constexpr, P: gl.constexpr):
-    """This program's pairs of tiles of a product's weights, through the ring; n: how many were read before."""
+                 QUIET: gl.constexpr, P: gl.constexpr):
+    """This program's pairs of a product's weights, through the ring; n: how many were read before."""
     tiles, full, free, quiet = ring
     RING: gl.constexpr = tiles.shape[0]
     LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
     for unit in range(gl.program_id(0), units, P):
         for k in range(gl.minimum(pairs - unit % PARTS * LEN, LEN)):
-            slot, late = n % RING, n - FLIGHT
+            slot, late = n % RING, n - FLIGHT                           # `late` is there, `slot` no longer needed
             mbarrier.wait(full.index(late % RING), late // RING & 1, pred=late >= 0)
             mbarrier.wait(free.index(slot), n // RING & 1 ^ 1, pred=n >= RING)
-            if CALM:
+            if QUIET:                                                   # the pair before is there, too
                 alone = gl.max(quiet.load(gl.BlockedLayout([1], [32], [1], [0])), 0) > 0
                 mbarrier.wait(full.index((n + RING - 1) % RING), (n - 1) // RING & 1, pred=alone & (n >= 1))
             mbarrier.expect(full.index(slot), 16384)
@@ -108,23 +113,22 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
 @gluon.jit
 def read_weights(w, ring, n_steps, layers, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
                  PARTS: gl.constexpr, ADALN: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
-    """All that this program's `compute` will use, in that order. At most FLIGHT pairs of tiles are on the way: more
-    would come sooner, but all else would queue behind them."""
-    O: gl.constexpr = 8 * H * (3 * H // 4)
-    G: gl.constexpr = O + 2 * H * H
-    D: gl.constexpr = G + GATES * (3 * H // 2)
-    ALL: gl.constexpr = D + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
-    CALM: gl.constexpr = H < 32                     # measured: with 16 heads it is 7% faster, with 40 3% slower
+    """All that this program's `compute` will use, in that order."""
+    O: gl.constexpr = 8 * H * (3 * H // 4)                              # first pairs; of a layer
+    FF: gl.constexpr = O + 2 * H * H
+    DOWN: gl.constexpr = FF + GATES * (3 * H // 2)
+    ALL: gl.constexpr = DOWN + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
+    QUIET: gl.constexpr = H < 32                     # measured: with 16 heads it is 7% faster, with 40 3% slower
     n = 0
     for _ in range(n_steps):
         if ADALN:
-            n = read_product(w, layers * ALL + 2 * H * H, 2 * H * PARTS, 2 * H, PARTS, ring, n, FLIGHT, CALM, P)
+            n = read_product(w, layers * ALL + 2 * H * H, 2 * H * PARTS, 2 * H, PARTS, ring, n, FLIGHT, QUIET, P)
         for layer in range(layers):
-            n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, CALM, P)
-            n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, CALM, P)
-            n = read_product(w, layer * ALL + G, GATES, 3 * H // 2, 1, ring, n, FLIGHT, CALM, P)
-            n = read_product(w, layer * ALL + D, 2 * H * PARTS, N_FF // 128, PARTS, ring, n, FLIGHT, CALM, P)
-        n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, CALM, P)
+            n = read_product(w, layer * ALL, 8 * H, 3 * H // 4, 1, ring, n, FLIGHT, QUIET, P)
+            n = read_product(w, layer * ALL + O, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, QUIET, P)
+            n = read_product(w, layer * ALL + FF, GATES, 3 * H // 2, 1, ring, n, FLIGHT, QUIET, P)
+            n = read_product(w, layer * ALL + DOWN, 2 * H * PARTS, N_FF // 128, PARTS, ring, n, FLIGHT, QUIET, P)
+        n = read_product(w, layers * ALL, 2 * H * PARTS, H, PARTS, ring, n, FLIGHT, QUIET, P)
 
 
 @gluon.jit
@@ -156,6 +160,7 @@ def place(first, N: gl.constexpr, L: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def keep(to, x):
+    """For other programs to read soon: asked to stay in the L2 cache."""
     gl.store(to, x.to(to.dtype.element_ty), eviction_policy='evict_last')
 
 
@@ -170,8 +175,9 @@ def keep_wide(to, first, x, N: gl.constexpr, slot):
 
 @gluon.jit
 def fetch(x, pair, slots, n, more):
-    """128 columns of x -> two tiles of 64 columns, the n-th to be fetched."""
+    """A pair of x, the n-th to be fetched; not more: nothing, for `arrived` to count."""
     i, j = gl.arange(0, 128, layout=gl.SliceLayout(1, PAIR)), gl.arange(0, 64, layout=gl.SliceLayout(0, PAIR))
+    # as place(..., 16) has it, two tiles
     at = (i // 64 * 4096 + i % 64 * 16)[:, None] + (j // 16 * 1024 + j % 16)[None, :]
     if more: load_async(slots.index(n & (slots.shape[0] - 1)), x + pair * 8192 + at, eviction_policy='evict_last')
     async_copy.commit_group()
@@ -184,7 +190,7 @@ def fetch_first(x, pair, slots, n):
 
 @gluon.jit
 def arrived(on_the_way: gl.constexpr):
-    """All that was fetched but the last pairs is there, and the matrix units see it."""
+    """All that was fetched but the last `on_the_way` is there, and the matrix units see it."""
     async_copy.wait_group(on_the_way)
     fence_async_shared()
     sync()
@@ -204,7 +210,7 @@ def product(x, first, n, slots, ring, turn):
     for i in range(n):
         arrived(SLOTS - 2)
         tile, slot, turn = weights(ring, turn)
-        z = mma_wait(2, deps=(dot(slots.index(i & (SLOTS - 1)), tile, z),))     # those of the turn before are done
+        z = mma_wait(2, deps=(dot(slots.index(i & (SLOTS - 1)), tile, z),))     # those of the iteration before are done
         sync()
         used(ring, done, i > 0)
         fetch(x, first + i + SLOTS - 1, slots, i + SLOTS - 1, i + SLOTS - 1 < n)
@@ -218,11 +224,12 @@ def product(x, first, n, slots, ring, turn):
 @gluon.jit
 def wide_product(x, pairs: gl.constexpr, slots, ring, turn, S: gl.constexpr, BIG: gl.constexpr, SMALL: gl.constexpr):
     """All pairs of x, of which fetch_first was called, times the next weights: 2 S and S columns -> (64, 2 S) and
-    (64, S) fp32. Of every 3 pairs of weights the first and third are 2 S columns, the second the S columns of both."""
+    (64, S) fp32. 3 pairs of weights meet EACH pairs of x: the first has the 2 S columns for the first half of them, the
+    third those for the second half, the second the S columns for all."""
     SLOTS: gl.constexpr = slots.shape[0]
     EACH: gl.constexpr = 64 // S                                        # pairs of x to 3 of weights
     z, y = gl.zeros((64, 2 * S), gl.float32, layout=BIG), gl.zeros((64, S), gl.float32, layout=SMALL)
-    slot1, slot2 = 0, 0
+    old_small, old_big = 0, 0
     for i in range(pairs // EACH):
         for h in gl.static_range(EACH):
             n = i * EACH + h
@@ -230,29 +237,29 @@ def wide_product(x, pairs: gl.constexpr, slots, ring, turn, S: gl.constexpr, BIG
             pair = slots.index(n & (SLOTS - 1))
             if h == 0:
                 big, slot, turn = weights(ring, turn)
-                small, next1, turn = weights(ring, turn)
-            if h == EACH // 2: big, next2, turn = weights(ring, turn)
+                small, new_small, turn = weights(ring, turn)
+            if h == EACH // 2: big, new_big, turn = weights(ring, turn)
             for j in gl.static_range(2):
                 part = pair.slice(64 * j, 64)
                 z = mma(part, big.slice((2 * h + j) % EACH * 2 * S, 2 * S).permute((1, 0)), z, is_async=True)
                 y = mma(part, small.slice((2 * h + j) * S, S).permute((1, 0)), y, is_async=True)
-            z, y = mma_wait(4, deps=(z, y))                             # those of the turn before are done
+            z, y = mma_wait(4, deps=(z, y))                             # those of the iteration before are done
             sync()
             if h == 0:
-                used(ring, slot1, i > 0)
-                used(ring, slot2, i > 0)
+                used(ring, old_small, i > 0)
+                used(ring, old_big, i > 0)
             if h == EACH // 2: used(ring, slot, True)
             fetch(x, n + SLOTS - 1, slots, n + SLOTS - 1, n + SLOTS - 1 < pairs)
-        slot1, slot2 = next1, next2
+        old_small, old_big = new_small, new_big
     z, y = mma_wait(0, deps=(z, y))
     sync()
-    used(ring, slot1, True)
-    used(ring, slot2, True)
+    used(ring, old_small, True)
+    used(ring, old_big, True)
     return z, y, turn
 
 
 @gluon.jit
-def rows_at(tile, part, W: gl.constexpr):
+def quarter_at(tile, part, W: gl.constexpr):
     """Where a quarter of the rows of a tile lies, as `place` has it."""
     row = part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, QUARTER))[:, None]
     col = gl.arange(0, 64, layout=gl.SliceLayout(0, QUARTER))[None, :]
@@ -267,12 +274,12 @@ def sum_of_parts(z, quiet, parts, tile, part, count, PARTS: gl.constexpr):
     keep(parts + (tile * PARTS + part) * 4096 + place(0, 64, MMA, 8), z)
     sync()
     old = gl.atomic_add(count + tile, 1, sem='acq_rel', scope='gpu')
-    now, all_in = old + 1, old - old % PARTS + PARTS
+    now, all_in = old + 1, (old | PARTS - 1) + 1
     while now - all_in < 0:
         now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [count + tile], dtype=gl.int32,
                                         is_pure=False, pack=1)
     sync()
-    at = parts + tile * (PARTS * 4096) + rows_at(0, part, 8)
+    at = parts + tile * (PARTS * 4096) + quarter_at(0, part, 8)
     s = gl.load(at)
     for i in gl.static_range(1, PARTS): s += gl.load(at + i * 4096)
     return s
@@ -283,9 +290,9 @@ def next_input(v, weight, tile, part, x, y, squares):
     """v, 16 rows and 64 columns of the residual stream -> x; times the weights of its norm -> y; and its sums of
     squares."""
     v = v.to(x.dtype.element_ty)
-    keep(x + rows_at(tile, part, 8), v)
+    keep(x + quarter_at(tile, part, 8), v)
     v = v.to(gl.float32)
-    keep(y + rows_at(tile, part, 16), v * weight[None, :])
+    keep(y + quarter_at(tile, part, 16), v * weight[None, :])
     keep(squares + tile * 64 + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, QUARTER)), gl.sum(v * v, 1))
 
 
@@ -302,6 +309,7 @@ def summed_product(a, pairs: gl.constexpr, unit, shares, count, slots, ring, tur
     tile, part = unit // PARTS, unit % PARTS
     n = gl.minimum(pairs - part * LEN, LEN)
     fetch_first(a, part * LEN, slots, n)
+    ask_for_quiet(ring[3], 0)
     z, turn = product(a, part * LEN, n, slots, ring, turn)
     return sum_of_parts(z, ring[3], shares, tile, part, count, PARTS), turn
 
@@ -311,7 +319,7 @@ def add_product(a, pairs: gl.constexpr, unit, gate, weight, x, y, squares, share
                 PARTS: gl.constexpr, ADALN: gl.constexpr):
     """x += gate * (a times weights), for a tile of 64 columns and a part of a's pairs."""
     tile, part = unit // PARTS, unit % PARTS
-    old = gl.load(x + rows_at(tile, part, 8), eviction_policy='evict_last').to(gl.float32)
+    old = gl.load(x + quarter_at(tile, part, 8), eviction_policy='evict_last').to(gl.float32)
     scale = vector(weight, tile)
     if ADALN: g = vector(gate, tile)
     s, turn = summed_product(a, pairs, unit, shares, count, slots, ring, turn, PARTS)
@@ -321,14 +329,14 @@ def add_product(a, pairs: gl.constexpr, unit, gate, weight, x, y, squares, share
 
 @gluon.jit
 def sums(squares, tiles: gl.constexpr, TILES: gl.constexpr, rows: gl.constexpr, L: gl.constexpr):
-    """Sums of squares of parts of `rows` rows -> (TILES, rows)."""
+    """The sums of squares of each tile, or quarter of a head -> (TILES, rows), 0 beyond `tiles`."""
     i, j = gl.arange(0, TILES, layout=gl.SliceLayout(1, L)), gl.arange(0, rows, layout=gl.SliceLayout(0, L))
     return gl.load(squares + i[:, None] * 64 + j[None, :], (i < tiles)[:, None], 0.0, eviction_policy='evict_last')
 
 
 @gluon.jit
 def inverse_rms(sums, n: gl.constexpr, eps: gl.constexpr):
-    """Of rows of n elements, from sums of squares of parts of them (parts, 64) -> (64,)."""
+    """Of rows of n elements, from the sums of squares of their parts (parts, rows) -> (rows,)."""
     return gl.rsqrt(gl.sum(sums, 0) * (1 / n) + eps)
 
 
@@ -338,7 +346,7 @@ def scaled(z, scale, L: gl.constexpr):
 
 
 @gluon.jit
-def gate(z, S: gl.constexpr):
+def swiglu(z, S: gl.constexpr):
     """Of columns gate, up, gate, up ... -> silu(gate) up (64, S)."""
     g, u = gl.split(gl.reshape(z, (64, S, 2)))
     return g * u / (1 + gl.exp(-g))
@@ -362,7 +370,7 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
     arrived(0)
     for half in gl.static_range(2):
         y = mma(p, slots.index(first + 2).slice(64 * half, 64), gl.zeros((64, 64), gl.float32, layout=MMA)) * l
-        keep_wide(o, 128 * h + 64 * half, y, 64, slots.index(first + half))
+        keep_wide(o, 128 * h + 64 * half, y, 64, slots.index(first + half))     # where q and k were
     sync()
 
 
@@ -370,7 +378,8 @@ def attend(qkv, o, squares, h, slots, scale: gl.constexpr, eps: gl.constexpr, M:
 def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, stride, scale: gl.constexpr,
             eps: gl.constexpr, M: gl.constexpr, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
             TILES: gl.constexpr, PARTS: gl.constexpr, ADALN: gl.constexpr, NOISY: gl.constexpr, P: gl.constexpr):
-    """table: fp32 constants, in the order of Steps.table; f32, bf16: what the programs tell each other."""
+    """A step is [in, with adaLN], in each layer qkv, attention, o, gate and up, down, then out; a barrier before each.
+    table: fp32 constants, in the order of Steps.table; f32, bf16: what the programs tell each other."""
     D: gl.constexpr = H * 128
     Y: gl.constexpr = D * 64                                            # in bf16: x, y twice, qkv, att, hid, inputs
     QKV: gl.constexpr = 3 * D * 64
@@ -383,8 +392,8 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
     self_cond = layers * 32768                                          # in table; with adaLN: the bias of dit_in
     factors = self_cond + D
     time = factors + 4 * n_steps
-    norms = time + (0 if ADALN else n_steps * D)                        # from here on every `stride`, for each step
-    gates = (2 * layers + 2) * D                                        # from norms; before them the bias of dit_out
+    norms = time + (0 if ADALN else n_steps * D)                        # from here on for each step, `stride` apart
+    gates = (2 * layers + 2) * D                                        # from `now`; the D before are dit_out's bias
     qkv_bias = gates + 2 * layers * D
     ff_bias = qkv_bias + 3 * layers * D
     bar, count = counts, counts + 32
@@ -394,15 +403,15 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
     # the first block of a step has input and sums of squares of its own: they are made while the old are read
     for unit in range(pid, 2 * H * PARTS, P):
         tile, part = unit // PARTS, unit % PARTS
-        v = gl.load(f32 + rows_at(tile, part, 8))
+        v = gl.load(f32 + quarter_at(tile, part, 8))
         if ADALN:
-            keep(bf16 + INPUTS + rows_at(tile, part, 16), v)
-            keep(bf16 + INPUTS + D * 64 + rows_at(tile, part, 16), gl.zeros_like(v))
+            keep(bf16 + INPUTS + quarter_at(tile, part, 16), v)
+            keep(bf16 + INPUTS + D * 64 + quarter_at(tile, part, 16), gl.zeros_like(v))
         else:
             v += vector(table + time, tile)[None, :]
             next_input(v, vector(table + norms, tile), tile, part, bf16, bf16 + Y + D * 64, f32 + SQUARES + D)
     for step in range(n_steps):
-        now, after = norms + step * stride, norms + gl.minimum(step + 1, n_steps - 1) * stride
+        now = norms + step * stride
         if ADALN:
             everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
@@ -418,9 +427,9 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
                 f, b, t = anew(f32), anew(bf16), anew(table)
                 fetch_first(b + Y + first * 64, 0, slots, H)
                 s = sums(f + SQUARES + first, 2 * H, TILES, 64, SUMS)
-                turns = t + (layer * 8 + unit // (4 * H) * 4 + unit % 4) * 4096 + i32[:, None] * 32 + j32[None, :]
-                own = gl.load(turns, eviction_policy='evict_last')
-                partner = gl.load(turns + 2048, eviction_policy='evict_last')
+                rotation = t + (layer * 8 + unit // (4 * H) * 4 + unit % 4) * 4096 + i32[:, None] * 32 + j32[None, :]
+                own = gl.load(rotation, eviction_policy='evict_last')
+                partner = gl.load(rotation + 2048, eviction_policy='evict_last')
                 if ADALN:
                     t += now + qkv_bias + layer * 3 * D
                     q_bias, v_bias = gl.load(t + unit * 32 + j32), gl.load(t + 2 * D + unit * 16 + j16)
@@ -456,8 +465,8 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
                 v, u, turn = wide_product(b + Y, H, slots, ring, turn, 32, MMA, MMA32)
                 v, u = scaled(v, r, MMA), scaled(u, r, MMA32)
                 if ADALN: v, u = v + v_bias[None, :], u + u_bias[None, :]
-                keep_wide(b + HID, 48 * unit, gate(v, 32), 32, slots.index(0))
-                keep_wide(b + HID, 48 * unit + 32, gate(u, 16), 16, slots.index(1))
+                keep_wide(b + HID, 48 * unit, swiglu(v, 32), 32, slots.index(0))
+                keep_wide(b + HID, 48 * unit + 32, swiglu(u, 16), 16, slots.index(1))
                 sync()
             everyone(bar, ring[3], P)
             for unit in range(pid, 2 * H * PARTS, P):
@@ -469,20 +478,20 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
             f, b, t = anew(f32), anew(bf16), anew(table)
             tile, part = unit // PARTS, unit % PARTS
             r = inverse_rms(sums(f + SQUARES + part * 16, 2 * H, TILES, 16, SUMS_OF_QUARTER), D, eps)
-            at, mine = rows_at(tile, part, 8), t + factors + 4 * step
-            z = gl.load(mine) * gl.load(f + at)
-            if NOISY: z += gl.load(mine + 2) * gl.load(noise + step * D * 64 + at)
+            at, factor = quarter_at(tile, part, 8), t + factors + 4 * step
+            z = gl.load(factor) * gl.load(f + at)
+            if NOISY: z += gl.load(factor + 2) * gl.load(noise + step * D * 64 + at)
             v, turn = summed_product(b + Y, H, unit, f + SHARES, count, slots, ring, turn, PARTS)
             z_hat = scaled(v, r, QUARTER) + vector(t + now + gates - D, tile)[None, :]
-            z += gl.load(mine + 1) * z_hat
+            z += gl.load(factor + 1) * z_hat
             gl.store(f + at, z)
             if ADALN:
-                keep(b + INPUTS + rows_at(tile, part, 16), z)
-                keep(b + INPUTS + D * 64 + rows_at(tile, part, 16), z_hat * gl.load(mine + 3))
+                keep(b + INPUTS + quarter_at(tile, part, 16), z)
+                keep(b + INPUTS + D * 64 + quarter_at(tile, part, 16), z_hat * gl.load(factor + 3))
             else:
                 v = z + z_hat * vector(t + self_cond, tile)[None, :]
                 v += vector(t + time + gl.minimum(step + 1, n_steps - 1) * D, tile)[None, :]
-                next_input(v, vector(t + after, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
+                next_input(v, vector(t + now, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
 
 
 @gluon.jit
@@ -549,11 +558,11 @@ def products_of_block(block):
 
 
 def pays(cfg, device):
-    """Whether `Steps` can do it and is known to be faster than kernel after kernel."""
+    """Whether `Steps` can do it, at sizes like those where it is faster than kernel after kernel."""
     c, pairs = cfg, -(-cfg.n_ff // 128)
-    return (torch.cuda.get_device_capability(device)[0] == 9 and not c.prefix_len
+    return (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9 and not c.prefix_len
             and c.latent_dim == c.n_embd == c.n_head * HD >= 1024 and c.n_embd % (PARTS * HD) == 0
-            and c.n_latents <= 64 and pairs > -(-pairs // PARTS) * (PARTS - 1))
+            and c.n_latents <= 64 and pairs > -(-pairs // PARTS) * (PARTS - 1))         # no part of down is empty
 
 
 class Steps:
@@ -565,13 +574,13 @@ class Steps:
         self.M, D, self.H, self.layers, self.eps = c.n_latents, c.n_embd, c.n_head, c.n_layer, c.norm_eps
         self.P = torch.cuda.get_device_properties(device).multi_processor_count
         cos, sin = (x[0].float() for x in m._rot('latents', 1))         # (M, HD / 2)
-        products, turns = [], []
+        products, rotations = [], []
         for block in m.dit:
             products += products_of_block(block)
             for w1, w2 in (norm.weight.float().chunk(2) for norm in (block.attn.q_norm, block.attn.k_norm)):
                 own = torch.stack([cos * w1, cos * w2], 2).view(self.M, 4, 32)
                 partner = torch.stack([-sin * w2, sin * w1], 2).view(self.M, 4, 32)
-                turns.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
+                rotations.append(F.pad(torch.stack([own, partner], 1).permute(2, 1, 0, 3), (0, 0, 0, 64 - self.M)))
         products += [units_of(w, PARTS) for w in (m.dit_out.weight, *([m.dit_in.weight] if c.dit_adaln else []))]
         self.packed = pack(products)
         self.n_ff, self.gates = -(-c.n_ff // 128) * 128, -(-c.n_ff // 48)  # columns of hid that down reads, units of 48
@@ -584,7 +593,9 @@ class Steps:
             each = torch.cat([*(w for b in m.dit for w in (b.attn_norm.weight, b.mlp_norm.weight)), m.dit_norm.weight,
                               m.dit_out.bias.float()])
         self.stride = each.shape[-1] if c.dit_adaln else 0
-        self.table = torch.cat([x.float().flatten() for x in (*turns, *start, each)])
+        # rotations; self_cond or the bias of dit_in; of all steps a, b, c, self_cond and, without adaLN, the time; of
+        # each step, or once for all, norms, the bias of dit_out and, with adaLN, gates, biases of qkv, of gate and up
+        self.table = torch.cat([x.float().flatten() for x in (*rotations, *start, each)])
         zeros = lambda n, dtype: torch.zeros(n, device=device, dtype=dtype)
         self.f32 = zeros(D * 64 * (1 + PARTS) + 2 * D + 4 * D, torch.float32)   # z, parts, squares of x, of heads
         self.bf16 = zeros((9 * D + self.n_ff + 128) * 64, self.packed.dtype)    # x, y twice, qkv, att, hid, inputs
@@ -613,6 +624,7 @@ class Steps:
 
     def __call__(self, z, noise=None):
         """z (1, M, D) fp32 -> z behind all steps. noise: (n_steps, M, D), if it has factors."""
+        if self.M < 64: self.z.zero_()
         self.z[:, :self.M] = self._columns(z[0])
         if self.noisy: self.noise[:, :, :self.M] = self._columns(noise)
         steps_kernel[(self.P,)](

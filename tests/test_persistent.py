@@ -120,16 +120,17 @@ def test_compiles_for_hopper(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason='needs a Hopper GPU')
-@pytest.mark.parametrize('rows, n_embd, n_ff, n_layer, eta, adaln', [
-    (64, 2048, 5464, 2, 0.0, False), (64, 2048, 5464, 2, 1.0, True), (50, 1024, 2728, 4, 1.0, False),
-    (1, 1536, 3000, 3, 0.5, True), (64, 2560, 6824, 1, 1.0, False), (64, 4096, 10920, 1, 0.0, True)])
+@pytest.mark.parametrize('rows, n_embd, n_ff, n_layer, eta, adaln, programs', [
+    (64, 2048, 5464, 2, 0.0, False, 0), (64, 2048, 5464, 2, 1.0, True, 0), (50, 1024, 2728, 4, 1.0, False, 114),
+    (1, 1536, 3000, 3, 0.5, True, 0), (64, 2560, 6824, 1, 1.0, False, 130), (64, 5120, 13656, 1, 0.0, True, 0)])
 @torch.no_grad()
-def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, adaln, monkeypatch):
+def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, adaln, programs, monkeypatch):
     """Several steps against the sampler's other kernels, and the same bits each time: eager, captured, replayed, and
     however many weights are on the way."""
     o = LDLM(Encoder('random:64:100', -1), model(rows, n_embd, n_ff, n_layer, 'cuda', dit_adaln=adaln)).eval()
     one, many = (Sampler(o, 1, 6, eta=eta, persistent=persistent) for persistent in (True, False))
     assert one.all_steps and not many.all_steps
+    one.all_steps.P = programs or one.all_steps.P
     for seed in (1, 2):
         seeds = torch.tensor([seed], device='cuda')
         got, want = one.latents(seeds), many.latents(seeds)
@@ -137,11 +138,26 @@ def test_samples_as_kernel_after_kernel(rows, n_embd, n_ff, n_layer, eta, adaln,
         assert all(torch.equal(one.latents(seeds), got) for _ in range(3))
         tokens = [one(seeds) for _ in range(3)]
         assert all(torch.equal(tokens[0], t) for t in tokens) and (tokens[0] == many(seeds)).float().mean() > 0.8
-    seen = []
-    assert torch.equal(one(seeds, see=seen.append), many(seeds)) and len(seen) == 6        # a step after the other
+    for counts in (2 ** 31 - 8, -8):                                    # they go on for ever
+        one.all_steps.counts[32:] = counts
+        assert torch.equal(one.latents(seeds), got)
     for flight in (1, 8) if rows == 50 else ():
         monkeypatch.setattr(P, 'FLIGHT', flight)
         assert torch.equal(one.latents(seeds), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason='needs a Hopper GPU')
+@torch.no_grad()
+def test_seeing_every_step_first():
+    """As kernel after kernel; then one step without self-conditioning in one kernel, captured by the second call."""
+    o = LDLM(Encoder('random:64:100', -1), model(device='cuda'), self_cond=False).eval()
+    seeds, seen = torch.tensor([3], device='cuda'), []
+    one, many = (Sampler(o, 1, 1, persistent=persistent) for persistent in (True, False))
+    assert torch.equal(one(seeds, see=seen.append), many(seeds)) and len(seen) == 1
+    want = many.latents(seeds)
+    assert (one.latents(seeds) - want).norm() < 0.02 * want.norm()
+    assert torch.equal(one(seeds), one(seeds))
 
 
 if __name__ == '__main__': print(json.dumps([compile_for_hopper(sys.argv[1], adaln) for adaln in (False, True)]))
