@@ -13,8 +13,8 @@ loads begin with the loop that uses them.)
                  for others: a full queue would hold up all else
     activations  from the L2 cache, where they are asked to stay, three pairs ahead
     products     a program has 48 columns of q, k and v, 96 of gate and up, or a part of a tile of o, down, out and,
-                 with adaLN, in. The four programs of such a tile wait for each other, then each adds up a quarter of its
-                 rows and does what comes next with them. No atomic additions: the same bits come out every time
+                 with adaLN, in. The four programs of such a tile wait for each other, then each adds up a quarter of
+                 its rows and does what comes next with them. No atomic additions: the same bits come out every time
     norms        the weights of an RMSNorm go into the input of a product, what it divides by into the result; adaLN's
                  shifts become biases
     attention    a head per program; what QK-norm divides by goes into the scores, its weights into the rotation
@@ -92,7 +92,8 @@ def anew(pointer):
 @gluon.jit
 def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.constexpr, ring, n, FLIGHT: gl.constexpr,
                  QUIET: gl.constexpr, P: gl.constexpr):
-    """This program's pairs of a product's weights, through the ring; n: how many were read before."""
+    """This program's pairs of a product's weights, through the ring; n: how many were read before. ring: the pairs;
+    barriers, which are there and which are no longer needed; whether quiet was asked for."""
     tiles, full, free, quiet = ring
     RING: gl.constexpr = tiles.shape[0]
     LEN: gl.constexpr = (pairs + PARTS - 1) // PARTS
@@ -114,11 +115,11 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
 def read_weights(w, ring, n_steps, layers, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
                  PARTS: gl.constexpr, ADALN: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
     """All that this program's `compute` will use, in that order."""
-    O: gl.constexpr = 8 * H * (3 * H // 4)                              # first pairs; of a layer
+    O: gl.constexpr = 8 * H * (3 * H // 4)                              # first pairs of o, gate and up, down; of a layer
     FF: gl.constexpr = O + 2 * H * H
     DOWN: gl.constexpr = FF + GATES * (3 * H // 2)
     ALL: gl.constexpr = DOWN + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
-    QUIET: gl.constexpr = H < 32                     # measured: with 16 heads it is 7% faster, with 40 3% slower
+    QUIET: gl.constexpr = H < 32                                        # with 16 heads 7% faster, with 40 3% slower
     n = 0
     for _ in range(n_steps):
         if ADALN:
