@@ -115,7 +115,7 @@ def read_product(w, first, units: gl.constexpr, pairs: gl.constexpr, PARTS: gl.c
 def read_weights(w, ring, n_steps, layers, H: gl.constexpr, N_FF: gl.constexpr, GATES: gl.constexpr,
                  PARTS: gl.constexpr, ADALN: gl.constexpr, FLIGHT: gl.constexpr, P: gl.constexpr):
     """All that this program's `compute` will use, in that order."""
-    O: gl.constexpr = 8 * H * (3 * H // 4)                              # first pairs of o, gate and up, down; of a layer
+    O: gl.constexpr = 8 * H * (3 * H // 4)                              # first pairs of o, gate and up, down; all
     FF: gl.constexpr = O + 2 * H * H
     DOWN: gl.constexpr = FF + GATES * (3 * H // 2)
     ALL: gl.constexpr = DOWN + 2 * H * PARTS * ((N_FF // 128 + PARTS - 1) // PARTS)
