@@ -932,6 +932,11 @@ if __name__ == '__main__':
         ('hf_eager', 'hf_compile_compact', 'flex', 'varlen', 'liger_tuned', 'ours_eager', 'ours') if packed else
         (name for name in list(PEERS)[:first_of_align + 1] if 'attn' not in PEERS[name])))
     config['device'] = device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit(f"device must be cpu, or cuda where there is one, got {device!r}")
+    if mode not in ('default', 'max-autotune-no-cudagraphs'):
+        raise SystemExit(f"mode must be default or max-autotune-no-cudagraphs, got {mode!r}")
+    if result and Path(result).is_dir(): raise SystemExit(f"result must be a file, {result} is a directory")
     for name in peers.split(','):
         if name not in PEERS: raise SystemExit(f"unknown peer {name!r}: --peers is a comma list of {', '.join(PEERS)}")
         if 'align' in PEERS[name] and what != 'align': raise SystemExit(f"{name} is for python bench.py align")
@@ -946,8 +951,8 @@ if __name__ == '__main__':
     if set(ways.split(',')) - {'graph', 'kernels', 'eager', 'compiled', 'compiled_kernels'}:
         raise SystemExit(f"ways is a comma list of graph, kernels, eager, compiled, compiled_kernels, got {ways!r}")
     for file in shapes.split(','):
-        if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file}")
-        if what == 'ldlm' and 'encoder' not in runpy.run_path(file):
+        if what == 'ldlm' and not Path(file).is_file(): raise SystemExit(f"shapes: no such file: {file!r}")
+        if what == 'ldlm' and (not file.endswith('.py') or 'encoder' not in runpy.run_path(file)):
             raise SystemExit(f"shapes: {file} is no config of a latent diffusion model: it has no encoder")
         if what == 'ldlm' and device == 'cpu' and '_qwen3_6_' in file:
             raise SystemExit("shapes of billions of parameters; a CPU can time --shapes=config/ldlm_quickstart.py")

@@ -267,7 +267,8 @@ if __name__ == '__main__':
     block_len = 0
     eta = 0.0                       # ldlm: 0 = DDIM, 1 = ancestral
     time_grid = 'adaptive'          # ldlm: or uniform
-    compiled = ''                   # ldlm: its sampler by torch.compile, 'default' or 'max-autotune-no-cudagraphs'
+    compiled = ''                   # ldlm: its sampler by torch.compile, 'default' or 'max-autotune-no-cudagraphs'; not
+                                    # faster than persistent.py, where that is used
     sweep = ''                      # 'temperature=0.2,0.6;n_steps=32,128': --tasks at all combinations, in one JSON
     batch_size = 32
     seed = 0
@@ -300,6 +301,8 @@ if __name__ == '__main__':
             (canonical and not execute_code, "--canonical needs --execute_code=true: running them is the point"),
             (min(temperature, *(p.get('temperature', 0) for p in points)) < 0 or not 0 < top_p <= 1 or seed < 0,
              "temperature and seed must be at least 0, top_p above 0 and at most 1"),
+            (compiled not in ('', 'default', 'max-autotune-no-cudagraphs'),
+             f"compiled must be default or max-autotune-no-cudagraphs, got {compiled!r}"),
             (device not in ('', 'cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available(),
              f"device must be cpu, or cuda where there is one, got {device!r}"),
             (include_path and not Path(include_path).is_dir(), f"--include_path: no directory {include_path}")):
@@ -317,6 +320,7 @@ if __name__ == '__main__':
     reader, reader_tok = load_checkpoint(scorer) if reading else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
     if compiled and (canonical or obj.name != 'ldlm'): raise SystemExit("--compiled is for the sampler of an ldlm")
+    if lm_eval and obj and obj.name == 'ldlm': raise SystemExit("latent diffusion has no likelihood, as --lm_eval needs")
     if compiled: obj.compiled = compiled
     if reader and obj.name == 'ldlm' and obj.encoder.is_of(str(find(scorer) or scorer)):
         raise SystemExit(f"{scorer} is the encoder of {out_dir}: its latents come from that model, take another scorer")

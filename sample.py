@@ -361,7 +361,7 @@ if __name__ == '__main__':
     try:
         if device.startswith('cuda'): torch.cuda.set_device(torch.device(device).index or 0)    # kernels run there
         obj.to(device)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, AttributeError) as e:
         raise SystemExit(f"--device={device}: {str(e).splitlines()[0]}") from None
 
     if filling and tok.joins_blanks() and re.search(r'\s<hole|<hole[^<>]*>(\w|[ \t]{2})', infill):

@@ -164,6 +164,8 @@ if min(n_layer, n_head, n_embd, n_ff, seq_len, max_iters) < 1 or min(
     raise SystemExit("sizes and max_iters must be at least 1; counts, intervals and seeds at least 0")
 for wrong, why in (
         (device not in ('cuda', 'cpu'), f"device must be cuda or cpu, got {device!r}"),
+        (encoder_device.startswith('cuda') and not torch.cuda.is_available(),
+         f"encoder_device must be cpu, or cuda:N where there is one, got {encoder_device!r}"),
         (on_gpu and local_rank >= torch.cuda.device_count(),
          f"process {local_rank} finds no GPU of its own: lower --nproc_per_node or say --device=cpu"),
         (global_batch_size < 1 or global_batch_size % (world * (micro_batch_size or 1)),
