@@ -320,7 +320,7 @@ if __name__ == '__main__':
     reader, reader_tok = load_checkpoint(scorer) if reading else (None, None)
     if reader and reader.name != 'ar': raise SystemExit(f"the scorer must be autoregressive, {scorer} is {reader.name}")
     if compiled and (canonical or obj.name != 'ldlm'): raise SystemExit("--compiled is for the sampler of an ldlm")
-    if lm_eval and obj and obj.name == 'ldlm': raise SystemExit("latent diffusion has no likelihood, as --lm_eval needs")
+    if lm_eval and obj and obj.name == 'ldlm': raise SystemExit("--lm_eval needs a likelihood: an ldlm has none")
     if compiled: obj.compiled = compiled
     if reader and obj.name == 'ldlm' and obj.encoder.is_of(str(find(scorer) or scorer)):
         raise SystemExit(f"{scorer} is the encoder of {out_dir}: its latents come from that model, take another scorer")
