@@ -57,6 +57,13 @@ def ask_for_quiet(quiet, yes: gl.constexpr):
 
 
 @gluon.jit
+def look(counter):
+    """What a counter is now; what others wrote before they added to it can be read then."""
+    return gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [counter], dtype=gl.int32,
+                                     is_pure=False, pack=1)
+
+
+@gluon.jit
 def everyone(bar, quiet, P: gl.constexpr):
     """All programs are here, and see what the others wrote. Program 0 adds what makes the sum 2^31: the sign flips,
     and nothing has to be reset, not even between launches."""
@@ -65,9 +72,7 @@ def everyone(bar, quiet, P: gl.constexpr):
     step = gl.where(gl.program_id(0) == 0, 2147483649 - P, 1).to(gl.int32)
     old = gl.atomic_add(bar, step, sem='acq_rel', scope='gpu')
     now = old
-    while (now ^ old) >= 0:
-        now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [bar], dtype=gl.int32,
-                                        is_pure=False, pack=1)
+    while (now ^ old) >= 0: now = look(bar)
     sync()
     ask_for_quiet(quiet, 0)
 
@@ -146,7 +151,7 @@ def weights(ring, turn):
 @gluon.jit
 def used(ring, slot, pred):
     """What is in this slot may be overwritten."""
-    mbarrier.arrive(ring[2].index(slot), count=1, pred=pred)
+    mbarrier.arrive(ring[2].index(slot), pred=pred)
 
 
 # ---- activations ---------------------------------------------------------------------------------------------
@@ -276,9 +281,7 @@ def sum_of_parts(z, quiet, parts, tile, part, count, PARTS: gl.constexpr):
     sync()
     old = gl.atomic_add(count + tile, 1, sem='acq_rel', scope='gpu')
     now, all_in = old + 1, (old | PARTS - 1) + 1
-    while now - all_in < 0:
-        now = gl.inline_asm_elementwise('ld.acquire.gpu.global.b32 $0, [$1];', '=r,l', [count + tile], dtype=gl.int32,
-                                        is_pure=False, pack=1)
+    while now - all_in < 0: now = look(count + tile)
     sync()
     at = parts + tile * (PARTS * 4096) + quarter_at(0, part, 8)
     s = gl.load(at)
@@ -390,8 +393,8 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
     SHARES: gl.constexpr = D * 64                                       # in f32: z, parts, squares of x twice, of heads
     SQUARES: gl.constexpr = (1 + PARTS) * D * 64
     HEADS: gl.constexpr = SQUARES + 2 * D
-    self_cond = layers * 32768                                          # in table; with adaLN: the bias of dit_in
-    factors = self_cond + D
+    start = layers * 32768                                              # in table: self_cond, or the bias of dit_in
+    factors = start + D
     time = factors + 4 * n_steps
     norms = time + (0 if ADALN else n_steps * D)                        # from here on for each step, `stride` apart
     gates = (2 * layers + 2) * D                                        # from `now`; the D before are dit_out's bias
@@ -418,7 +421,7 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
             for unit in range(pid, 2 * H * PARTS, P):
                 f, b, t = anew(f32), anew(bf16), anew(table)
                 tile, part = unit // PARTS, unit % PARTS
-                weight, v = vector(t + now, tile), vector(t + self_cond, tile)
+                weight, v = vector(t + now, tile), vector(t + start, tile)
                 s, turn = summed_product(b + INPUTS, 2 * H, unit, f + SHARES, count, slots, ring, turn, PARTS)
                 next_input(s + v[None, :], weight, tile, part, b, b + Y + D * 64, f + SQUARES + D)
         for layer in range(layers):
@@ -490,7 +493,7 @@ def compute(ring, slots, table, noise, f32, bf16, counts, n_steps, layers, strid
                 keep(b + INPUTS + quarter_at(tile, part, 16), z)
                 keep(b + INPUTS + D * 64 + quarter_at(tile, part, 16), z_hat * gl.load(factor + 3))
             else:
-                v = z + z_hat * vector(t + self_cond, tile)[None, :]
+                v = z + z_hat * vector(t + start, tile)[None, :]
                 v += vector(t + time + gl.minimum(step + 1, n_steps - 1) * D, tile)[None, :]
                 next_input(v, vector(t + now, tile), tile, part, b, b + Y + D * 64, f + SQUARES + D)
 
